@@ -1,0 +1,119 @@
+"""Which tokenizer belongs to a checkpoint, as its configuration says it: data only, nothing is loaded here.
+
+`nemo_spin.tokenizers.build_tokenizer` makes the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_spin.errors import CheckpointError, ConfigError
+
+OVERRIDE_HINT = "give one that is at hand, for example model.tokenizer.type=/path/to/huggingface_tokenizer_directory"
+
+
+@dataclass(frozen=True)
+class TokenizerDescription:
+    """
+    library: "huggingface" or "sentencepiece"; whatever else a configuration says is refused when it is built.
+    source: directory or name of a Hugging Face tokenizer, or file of a sentencepiece model; a relative path is looked
+        up in the checkpoint's files first. None when the configuration names none.
+    origin: where this description comes from, for messages.
+    legacy: NeMo's legacy mode of sentencepiece, in which special tokens are added beside the model.
+    special_tokens: role ("bos_token", ...) -> token, or a list of tokens; as configured.
+    use_fast: for Hugging Face, whether the fast implementation is preferred.
+    """
+
+    library: str
+    source: str | None
+    origin: str
+    legacy: bool = False
+    special_tokens: dict[str, str] | list[str] = field(default_factory=dict)
+    chat_template: str | None = None
+    use_fast: bool = True
+
+
+def from_nemo1(config: Mapping[str, Any], origin: str) -> TokenizerDescription:
+    """From the `tokenizer` node of a model_config.yaml.
+
+    Raises CheckpointError if there is none.
+    """
+    node = config.get("tokenizer")
+    if not isinstance(node, Mapping) or not node.get("library"):
+        raise CheckpointError(f"{origin} has no tokenizer.library: {OVERRIDE_HINT}.")
+    library, kind = node["library"], node.get("type")
+    model = node.get("model") or node.get("tokenizer_model")
+    if library == "megatron" and kind == "GPTSentencePieceTokenizer":
+        library = "sentencepiece"
+    source = model if library == "sentencepiece" else kind
+    special_tokens = node.get("special_tokens") or {}
+    additional = list(node.get("additional_special_tokens") or [])
+    if additional:
+        special_tokens = [*_values(special_tokens), *additional]
+    template = node.get("chat_template")
+    return TokenizerDescription(
+        library=library,
+        source=source,
+        origin=origin,
+        legacy=bool(node.get("sentencepiece_legacy", library == "sentencepiece")),
+        special_tokens=special_tokens,
+        chat_template=template if isinstance(template, str) else None,
+        use_fast=bool(node.get("use_fast", True)),
+    )
+
+
+def _values(special_tokens: Mapping[str, str] | list[str]) -> list[str]:
+    return list(special_tokens.values()) if isinstance(special_tokens, Mapping) else list(special_tokens)
+
+
+_HF_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+def from_nemo2(node: Any, origin: str) -> TokenizerDescription | None:
+    """From the `tokenizer` node of a context/model.yaml; None when there is none."""
+    if not isinstance(node, Mapping) or not node.get("_target_"):
+        return None
+    target = str(node["_target_"]).rsplit(".", 1)[-1]
+    if target == "AutoTokenizer":
+        special_tokens: dict[str, str] | list[str] = {
+            role: node[role] for role in _HF_ROLES if isinstance(node.get(role), str)
+        }
+        if additional := list(node.get("additional_special_tokens") or []):
+            special_tokens = special_tokens | {"additional_special_tokens": additional}
+        return TokenizerDescription(
+            library="huggingface",
+            source=node.get("pretrained_model_name"),
+            origin=origin,
+            special_tokens=special_tokens,
+            chat_template=node.get("chat_template"),
+            use_fast=bool(node.get("use_fast", True)),
+        )
+    if target == "SentencePieceTokenizer":
+        return TokenizerDescription(
+            library="sentencepiece",
+            source=node.get("model_path"),
+            origin=origin,
+            legacy=bool(node.get("legacy", False)),
+            special_tokens=node.get("special_tokens") or {},
+        )
+    if target == "get_nmt_tokenizer":
+        names = {"type": "model_name", "model": "tokenizer_model", "sentencepiece_legacy": "legacy"}
+        renamed = dict(node) | {key: node.get(name) for key, name in names.items()}
+        return from_nemo1({"tokenizer": {"library": "sentencepiece"} | renamed}, origin)
+    return TokenizerDescription(library=target, source=None, origin=origin)
+
+
+def override(library: str | None, type: str | None, model: str | None) -> TokenizerDescription | None:
+    """From the keys of `model.tokenizer` in a run's configuration; None when none is set.
+
+    Raises ConfigError if they do not belong together.
+    """
+    if not (library or type or model):
+        return None
+    library = library or ("sentencepiece" if model and not type else "huggingface")
+    source, key = (model, "model") if library == "sentencepiece" else (type, "type")
+    if not source:
+        raise ConfigError(f"model.tokenizer.library: {library} needs model.tokenizer.{key} as well.")
+    return TokenizerDescription(library=library, source=source, origin=f"model.tokenizer.{key}")

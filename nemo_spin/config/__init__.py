@@ -1,0 +1,49 @@
+"""A run's configuration: what its keys mean (`schema`), which exist (`keys`), and how they are checked (`parse`).
+
+Everything that can be refused without opening a file is refused by `parse_config`, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_spin.config.keys import check_overrides
+from nemo_spin.config.parse import parse_config, register_resolvers
+from nemo_spin.config.schema import (
+    AlgorithmConfig,
+    DatasetConfig,
+    LengthParams,
+    LoopConfig,
+    OptimConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    SamplingParams,
+    SchedConfig,
+    SpinConfig,
+    TokenizerConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "DatasetConfig",
+    "LengthParams",
+    "LoopConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RecomputeConfig",
+    "SamplingParams",
+    "SchedConfig",
+    "SpinConfig",
+    "TokenizerConfig",
+    "check_overrides",
+    "config_dir",
+    "parse_config",
+    "register_resolvers",
+]
+
+
+def config_dir() -> Path:
+    """The directory with the shipped YAML files: `conf/` of the source tree, or its copy in an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    in_source_tree = package.parent / "conf"
+    return in_source_tree if (in_source_tree / "gpt_spin.yaml").is_file() else package / "conf"

@@ -1,0 +1,244 @@
+"""From hydra's configuration to `SpinConfig`: types, ranges, and what has to fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_spin.config.keys import check_keys
+from nemo_spin.config.schema import (
+    AlgorithmConfig,
+    DatasetConfig,
+    LengthParams,
+    LoopConfig,
+    OptimConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    SamplingParams,
+    SchedConfig,
+    SpinConfig,
+    TokenizerConfig,
+)
+from nemo_spin.config.values import Section
+from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE, check_template
+from nemo_spin.errors import ConfigError
+
+_PRECISIONS = {
+    **dict.fromkeys(("32", "32-true", "fp32"), "32"),
+    **dict.fromkeys(("bf16", "bf16-mixed"), "bf16"),
+}
+_OPTIMIZERS = ("adam", "adamw", "fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+_SCHEDULES = ("CosineAnnealing", "LinearAnnealing", "Constant")
+
+
+def register_resolvers() -> None:
+    """Make `${int_div:a, b}` and `${multiply:a, b}` known to OmegaConf; of null both make null."""
+    OmegaConf.register_new_resolver("int_div", lambda a, b: None if a is None else a // b, replace=True)
+    OmegaConf.register_new_resolver("multiply", lambda a, b: None if a is None else a * b, replace=True)
+
+
+def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
+    """Check a configuration laid out like conf/gpt_spin.yaml and make it a `SpinConfig`.
+
+    cfg: hydra's DictConfig, or plain mappings; interpolations are resolved. Reads no file and needs no process group.
+    Raises ConfigError that names the key and says what to change.
+    """
+    cfg = _resolve(cfg)
+    check_keys(cfg)
+    root = Section(cfg)
+    trainer, model = root.section("trainer"), root.section("model")
+    loop = _loop(trainer.section("spin"))
+    parallel = _parallel(trainer, model)
+    micro_batch_size = model.integer("micro_batch_size", 1, minimum=1)
+    global_batch_size = model.integer("global_batch_size", minimum=1)
+    per_step = micro_batch_size * parallel.data_parallel_size
+    if global_batch_size % per_step:
+        raise ConfigError(
+            f"model.global_batch_size = {global_batch_size} is not divisible by micro_batch_size {micro_batch_size} x "
+            f"data-parallel size {parallel.data_parallel_size}: use a multiple of {per_step}."
+        )
+    _check_experiment(root.section("exp_manager"))
+    data = model.section("data")
+    validation = data.section("validation_ds")
+    return SpinConfig(
+        loop=loop,
+        spin=_algorithm(model.section("spin"), loop.max_iterations, global_batch_size),
+        parallel=parallel,
+        optim=_optim(model.section("optim"), loop.max_iterations),
+        train_ds=_dataset(data.section("train_ds"), shuffle=True),
+        validation_ds=_dataset(validation, shuffle=False) if validation.get("file_path") is not None else None,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        encoder_seq_length=model.optional_integer("encoder_seq_length", minimum=2),
+        seed=model.integer("seed", 1234, minimum=0),
+        precision=_precision(trainer),
+        restore_from_path=root.section("pretrained_checkpoint").path("restore_from_path"),
+        tokenizer=_tokenizer(model.section("tokenizer")),
+        recompute=_recompute(model),
+    )
+
+
+def _resolve(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    register_resolvers()
+    try:
+        # NeMo-Aligner's configurations refer to this key without having it
+        defaults = OmegaConf.create({"model": {"encoder_seq_length": None}})
+        return OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.create(cfg)), resolve=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0]}") from error
+
+
+def _check_experiment(section: Section) -> None:
+    for key in ("create_tensorboard_logger", "create_wandb_logger", "resume_if_exists", "resume_ignore_no_checkpoint"):
+        section.flag(key, False)
+    section.section("checkpoint_callback_params").flag("save_nemo_on_train_end", True)
+
+
+def _loop(spin: Section) -> LoopConfig:
+    max_steps = spin.integer("max_steps", -1, minimum=-1)
+    if max_steps == 0:
+        raise spin.error("max_steps", "use -1 for no limit, or at least 1")
+    return LoopConfig(
+        max_iterations=spin.integer("max_iterations", 3, minimum=1),
+        max_epochs=spin.integer("max_epochs", 1, minimum=1),
+        max_steps=max_steps,
+        val_check_interval=spin.count_or_fraction("val_check_interval", 0, of="steps"),
+        save_interval=spin.integer("save_interval", 0, minimum=-1),
+        limit_train_batches=spin.count_or_fraction("limit_train_batches", 1.0, of="batches", minimum=1),
+        limit_val_batches=spin.count_or_fraction("limit_val_batches", 1.0, of="batches"),
+        gradient_clip_val=spin.number("gradient_clip_val", 0.0, minimum=0.0),
+    )
+
+
+def _parallel(trainer: Section, model: Section) -> ParallelConfig:
+    tensor = model.integer("tensor_model_parallel_size", 1, minimum=1)
+    parallel = ParallelConfig(
+        num_nodes=trainer.integer("num_nodes", 1, minimum=1),
+        devices=trainer.integer("devices", 1, minimum=1),
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=model.integer("pipeline_model_parallel_size", 1, minimum=1),
+        sequence_parallel=model.flag("sequence_parallel", False) and tensor > 1,
+        accelerator=trainer.choice("accelerator", ("auto", "gpu", "cpu"), "auto"),
+    )
+    model_parallel = tensor * parallel.pipeline_model_parallel_size
+    if parallel.world_size % model_parallel:
+        raise ConfigError(
+            f"trainer.devices x trainer.num_nodes = {parallel.world_size} processes cannot be laid out as "
+            f"model.tensor_model_parallel_size {tensor} x model.pipeline_model_parallel_size "
+            f"{parallel.pipeline_model_parallel_size}: use a multiple of {model_parallel}."
+        )
+    return parallel
+
+
+def _precision(trainer: Section) -> str:
+    value = trainer.get("precision", "bf16")
+    if isinstance(value, bool) or str(value) not in _PRECISIONS:
+        raise trainer.error("precision", "use bf16, bf16-mixed, 32, 32-true or fp32")
+    return _PRECISIONS[str(value)]
+
+
+def _algorithm(spin: Section, max_iterations: int, global_batch_size: int) -> AlgorithmConfig:
+    window = spin.optional_integer("rollout_window", minimum=1)
+    if window is not None and window % global_batch_size:
+        raise spin.error("rollout_window", f"use null or a multiple of model.global_batch_size = {global_batch_size}")
+    return AlgorithmConfig(
+        ref_policy_kl_penalty=spin.per_iteration("ref_policy_kl_penalty", max_iterations),
+        rollout_batch_size=spin.integer("rollout_batch_size", 8, minimum=1),
+        rollout_window=window,
+        log_prob_forward_micro_batch_size=spin.integer("log_prob_forward_micro_batch_size", 1, minimum=1),
+        reset_optimizer=spin.flag("reset_optimizer_each_iteration", True),
+        sampling_params=_sampling(spin.section("sampling_params")),
+        length_params=_lengths(spin.section("length_params")),
+    )
+
+
+def _sampling(section: Section) -> SamplingParams:
+    for key in ("add_BOS", "all_probs", "compute_logprob"):
+        if section.flag(key, False):
+            raise section.error(key, "only false is supported: a response continues the prompt as the data has it")
+    sampling = SamplingParams(
+        use_greedy=section.flag("use_greedy", False),
+        temperature=section.number("temperature", 1.0, above=0.0),
+        top_k=section.integer("top_k", 0, minimum=0),
+        top_p=section.number("top_p", 1.0, above=0.0, maximum=1.0),
+        repetition_penalty=section.number("repetition_penalty", 1.0, above=0.0),
+        end_strings=section.strings("end_strings"),
+    )
+    if sampling.use_greedy:
+        for key, off in {"temperature": 1.0, "top_k": 0, "top_p": 1.0}.items():
+            if getattr(sampling, key) != off:
+                raise section.error(key, f"it contradicts use_greedy: true; set it to {off}, or use_greedy to false")
+    return sampling
+
+
+def _lengths(section: Section) -> LengthParams:
+    lengths = LengthParams(
+        max_length=section.optional_integer("max_length", minimum=0) or 0,
+        min_length=section.integer("min_length", 0, minimum=0),
+    )
+    if 0 < lengths.max_length < lengths.min_length:
+        raise section.error("min_length", f"it must not be above max_length = {lengths.max_length}")
+    return lengths
+
+
+def _optim(section: Section, max_iterations: int) -> OptimConfig:
+    betas = section.numbers("betas", (0.9, 0.98))
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise section.error("betas", "use two numbers from 0 to below 1, such as [0.9, 0.98]")
+    lr = section.per_iteration("lr", max_iterations)
+    sched = section.section("sched")
+    min_lr = sched.number("min_lr", 0.0, minimum=0.0)
+    if min_lr > min(lr):
+        raise sched.error("min_lr", f"it must not be above the learning rate model.optim.lr = {min(lr)}")
+    return OptimConfig(
+        name=section.choice("name", _OPTIMIZERS, "distributed_fused_adam"),
+        lr=lr,
+        weight_decay=section.number("weight_decay", 0.0, minimum=0.0),
+        betas=(betas[0], betas[1]),
+        eps=section.number("eps", 1e-8, above=0.0),
+        sched=SchedConfig(
+            name=sched.choice("name", _SCHEDULES, "Constant"),
+            warmup_steps=sched.integer("warmup_steps", 0, minimum=0),
+            constant_steps=sched.integer("constant_steps", 0, minimum=0),
+            min_lr=min_lr,
+        ),
+    )
+
+
+def _dataset(section: Section, shuffle: bool) -> DatasetConfig:
+    if section.flag("add_sep", False):
+        raise section.error("add_sep", "only false is supported")
+    dataset = DatasetConfig(
+        file_path=section.path("file_path"),
+        prompt_template=section.text("prompt_template", DEFAULT_TEMPLATE),
+        label_key=section.text("label_key", DEFAULT_LABEL_KEY),
+        add_bos=section.flag("add_bos", False),
+        add_eos=section.flag("add_eos", True),
+        max_seq_length=section.optional_integer("max_seq_length", minimum=2),
+        shuffle=section.flag("shuffle", shuffle),
+        overlong=section.choice("overlong", ("refuse", "drop"), "refuse"),
+    )
+    try:
+        check_template(dataset.prompt_template, dataset.label_key)
+    except ConfigError as error:
+        raise ConfigError(f"{section.name}: {error}") from None
+    return dataset
+
+
+def _tokenizer(section: Section) -> TokenizerConfig | None:
+    library = section.choice("library", ("huggingface", "sentencepiece"), None)
+    kind, model = section.text("type", None), section.text("model", None)
+    return TokenizerConfig(library, kind, model) if library or kind or model else None
+
+
+def _recompute(model: Section) -> RecomputeConfig:
+    granularity = model.choice("activations_checkpoint_granularity", ("selective", "full"), None)
+    method = model.choice("activations_checkpoint_method", ("uniform", "block"), None)
+    num_layers = model.optional_integer("activations_checkpoint_num_layers", minimum=1)
+    if granularity != "full":
+        return RecomputeConfig(granularity, None, None)
+    return RecomputeConfig(granularity, method or "uniform", num_layers or 1)

@@ -1,0 +1,225 @@
+"""The configuration of a run as frozen dataclasses: names, units and ranges. Defaults lie in conf/gpt_spin.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LoopConfig:
+    """`trainer.spin`: how long the run is, and what happens when.
+
+    max_iterations: rounds of self-play, >= 1.
+    max_epochs: passes over the training data in each iteration, >= 1.
+    max_steps: optimizer steps of the whole run, over all iterations; -1 for no limit.
+    val_check_interval: optimizer steps (int) or fraction of an epoch (float in (0, 1]) between validations within an
+        iteration; 0 for none but those at the run's start and each iteration's end.
+    save_interval: optimizer steps between checkpoints within an iteration; 0 or below for none but those at each
+        iteration's end.
+    limit_train_batches, limit_val_batches: global batches of an epoch or a validation that are used: a number (int) or
+        a fraction (float in (0, 1]); 0 validation batches switch validation off.
+    gradient_clip_val: largest 2-norm of the gradient, over all parameters; 0 for no clipping.
+    """
+
+    max_iterations: int
+    max_epochs: int
+    max_steps: int
+    val_check_interval: int | float
+    save_interval: int
+    limit_train_batches: int | float
+    limit_val_batches: int | float
+    gradient_clip_val: float
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """`model.spin.sampling_params`: how the reference picks a token.
+
+    use_greedy: the most likely token; then temperature, top_k and top_p have to be off (1, 0, 1).
+    temperature: > 0, divides the logits.
+    top_k: keeps the k most likely tokens; 0 is off.
+    top_p: keeps the smallest set of tokens with at least this probability, in (0, 1]; 1 is off.
+    repetition_penalty: > 0; 1 is off.
+    end_strings: texts that end a response, beside the end-of-sequence token.
+    """
+
+    use_greedy: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    end_strings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LengthParams:
+    """`model.spin.length_params`, in generated tokens per sample.
+
+    max_length: at most so many; 0 for what the model's context leaves after each prompt.
+    min_length: no stop token before so many, >= 0.
+    """
+
+    max_length: int
+    min_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class AlgorithmConfig:
+    """`model.spin`: the algorithm.
+
+    ref_policy_kl_penalty: beta of each iteration, > 0; as many as there are iterations.
+    rollout_batch_size: sequences that a data-parallel rank decodes at a time.
+    rollout_window: pairs whose responses are generated at a time, a multiple of global_batch_size; None for all of an
+        iteration, before its first step.
+    log_prob_forward_micro_batch_size: pairs per forward pass when the reference's log-probabilities are computed.
+    reset_optimizer: each iteration begins with a fresh optimizer and schedule; otherwise both run on.
+    """
+
+    ref_policy_kl_penalty: tuple[float, ...]
+    rollout_batch_size: int
+    rollout_window: int | None
+    log_prob_forward_micro_batch_size: int
+    reset_optimizer: bool
+    sampling_params: SamplingParams
+    length_params: LengthParams
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Processes, and how the model lies over them.
+
+    num_nodes, devices: machines, and processes on each of them.
+    tensor_model_parallel_size, pipeline_model_parallel_size: processes that share a layer, and stages of layers.
+    sequence_parallel: split activations outside of attention and MLP over the tensor-parallel group. False when
+        tensor_model_parallel_size is 1, where Megatron ignores it as well.
+    accelerator: "auto" (GPUs when there are any), "gpu" or "cpu".
+    """
+
+    num_nodes: int
+    devices: int
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    sequence_parallel: bool
+    accelerator: str
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.devices
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedConfig:
+    """`model.optim.sched`: the learning rate over the steps of an iteration (of the run if the optimizer is kept).
+
+    name: "CosineAnnealing", "LinearAnnealing" or "Constant", after a linear warm-up.
+    warmup_steps: steps until the learning rate has risen to its peak.
+    constant_steps: steps at `min_lr` at the end.
+    min_lr: where the decay ends, at most the smallest learning rate.
+    """
+
+    name: str
+    warmup_steps: int
+    constant_steps: int
+    min_lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class OptimConfig:
+    """`model.optim`: Adam with decoupled weight decay, whatever its name.
+
+    name: a name that begins with "distributed" (or mcore_distributed_optim) shards its state over data parallelism.
+    lr: peak learning rate of each iteration, > 0; as many as there are iterations.
+    weight_decay: >= 0. betas: in [0, 1). eps: > 0.
+    """
+
+    name: str
+    lr: tuple[float, ...]
+    weight_decay: float
+    betas: tuple[float, float]
+    eps: float
+    sched: SchedConfig
+
+    @property
+    def distributed(self) -> bool:
+        return "distributed" in self.name
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetConfig:
+    """`model.data.train_ds` or `validation_ds`: a JSONL file, and how its records become tokens.
+
+    prompt_template, label_key: for records that are not chats: text with {keys} of the record, the label's at the end.
+    add_bos, add_eos: begin the prompt with BOS, end the response with EOS (records that are not chats).
+    max_seq_length: longest example in tokens, prompt and response together; None for the model's context.
+    shuffle: a new order in every epoch.
+    overlong: "refuse" a file with longer examples, or "drop" and count them.
+    """
+
+    file_path: str
+    prompt_template: str
+    label_key: str
+    add_bos: bool
+    add_eos: bool
+    max_seq_length: int | None
+    shuffle: bool
+    overlong: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """`model.tokenizer`: replaces the checkpoint's own; at least one of the three is set.
+
+    library: "huggingface" or "sentencepiece". type: name or directory of a Hugging Face tokenizer. model: sentencepiece
+    file.
+    """
+
+    library: str | None
+    type: str | None
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecomputeConfig:
+    """`model.activations_checkpoint_*`: activations that are computed again in the backward pass.
+
+    granularity: None, "selective" (attention) or "full" (layers).
+    method, num_layers: for "full" only, else None: "uniform" groups of num_layers layers, or the first num_layers of
+        each stage ("block").
+    """
+
+    granularity: str | None
+    method: str | None
+    num_layers: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SpinConfig:
+    """A whole run.
+
+    micro_batch_size, global_batch_size: pairs per forward pass of a data-parallel rank, and per optimizer step.
+    encoder_seq_length: longest sequence in tokens; None for the checkpoint's.
+    seed: >= 0, of data order and of every generated response.
+    precision: "32", or "bf16" with fp32 main parameters.
+    restore_from_path: the SFT checkpoint.
+    tokenizer: None for the checkpoint's own.
+    validation_ds: None for no validation.
+    """
+
+    loop: LoopConfig
+    spin: AlgorithmConfig
+    parallel: ParallelConfig
+    optim: OptimConfig
+    train_ds: DatasetConfig
+    validation_ds: DatasetConfig | None
+    micro_batch_size: int
+    global_batch_size: int
+    encoder_seq_length: int | None
+    seed: int
+    precision: str
+    restore_from_path: str
+    tokenizer: TokenizerConfig | None
+    recompute: RecomputeConfig

@@ -1,0 +1,141 @@
+"""Reading values of a configuration section: each method checks type and range, and its error names the full key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemo_spin.errors import ConfigError
+
+_MISSING = "???"  # hydra's mark of a value that has to be given
+_REQUIRED: Any = object()
+
+
+class Section:
+    """A mapping inside a configuration. A key that is absent or null has its default; without one it is required."""
+
+    def __init__(self, values: Mapping[str, Any], name: str = "") -> None:
+        self.name = name
+        self._values = values
+
+    def section(self, key: str) -> Section:
+        return Section(self._values.get(key) or {}, self._path(key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The raw value, or the default."""
+        value = self._values.get(key)
+        if value is None or value == _MISSING:
+            if default is _REQUIRED:
+                raise ConfigError(f"{self._path(key)} is missing: set it.")
+            return default
+        return value
+
+    def error(self, key: str, what_to_do: str) -> ConfigError:
+        return ConfigError(f"{self._path(key)} = {self._values.get(key)!r}: {what_to_do}.")
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "use true or false")
+        return value
+
+    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int) -> int:
+        value = self.get(key, default)
+        if not _is_integer(value) or value < minimum:
+            raise self.error(key, f"use a whole number of at least {minimum}")
+        return value
+
+    def optional_integer(self, key: str, *, minimum: int) -> int | None:
+        return None if self.get(key) is None else self.integer(key, minimum=minimum)
+
+    def number(
+        self,
+        key: str,
+        default: Any = _REQUIRED,
+        *,
+        minimum: float = -math.inf,
+        above: float = -math.inf,
+        maximum: float = math.inf,
+    ) -> float:
+        value = self.get(key, default)
+        if not _is_number(value) or not (minimum <= value <= maximum and value > above):
+            bounds = [f"at least {minimum:g}"] if minimum > -math.inf else []
+            bounds += [f"above {above:g}"] if above > -math.inf else []
+            bounds += [f"at most {maximum:g}"] if maximum < math.inf else []
+            raise self.error(key, "use a finite number " + " and ".join(bounds))
+        return float(value)
+
+    def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
+        value = self.get(key, default)
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(map(_is_number, value)):
+            raise self.error(key, "use a list of finite numbers")
+        return tuple(map(float, value))
+
+    def per_iteration(self, key: str, max_iterations: int) -> tuple[float, ...]:
+        """A positive number for all iterations, or a list with one for each."""
+        value = self.get(key, _REQUIRED)
+        numbers = self.numbers(key, ()) if not _is_scalar(value) else (value,) * max_iterations
+        if not all(_is_number(number) and number > 0 for number in numbers):
+            raise self.error(key, "use finite numbers above 0")
+        if len(numbers) != max_iterations:
+            raise self.error(
+                key,
+                f"it has {len(numbers)} values for trainer.spin.max_iterations = {max_iterations}; "
+                "give one number, or one per iteration",
+            )
+        return tuple(map(float, numbers))
+
+    def count_or_fraction(self, key: str, default: int | float, *, of: str, minimum: int = 0) -> int | float:
+        """An int >= minimum or a float in (0, 1]; -1, NeMo's word for all, becomes 1.0 where that is the default."""
+        value = self.get(key, default)
+        if value == -1 and default == 1.0 and not isinstance(value, bool):
+            return 1.0
+        if _is_integer(value) and value >= minimum:
+            return value
+        if isinstance(value, float) and (0.0 < value <= 1.0 or (value == 0.0 and minimum == 0)):
+            return value if value else 0
+        raise self.error(key, f"use a number of {of} of at least {minimum}, or a fraction above 0.0 and up to 1.0")
+
+    def text(self, key: str, default: str | None) -> Any:
+        value = self.get(key, default)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise self.error(key, "use a text that is not empty")
+        return value
+
+    def path(self, key: str) -> str:
+        return self.text(key, _REQUIRED)
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        value = self.get(key, ())
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(_is_text(text) for text in value):
+            raise self.error(key, "use a list of texts that are not empty")
+        return tuple(value)
+
+    def choice(self, key: str, options: Sequence[str], default: str | None) -> Any:
+        value = self.get(key, default)
+        for option in options:
+            if isinstance(value, str) and value.lower() == option.lower():
+                return option
+        if value is not None:
+            raise self.error(key, "use one of " + ", ".join(options))
+        return None
+
+    def _path(self, key: str) -> str:
+        return f"{self.name}.{key}" if self.name else key
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, Sequence) or isinstance(value, str)

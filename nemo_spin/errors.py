@@ -1,0 +1,24 @@
+"""Errors that a person reads: one sentence that says what is wrong, where, and what to do.
+
+The command line prints the sentence without a traceback and exits with `EXIT_CODE`.
+"""
+
+from __future__ import annotations
+
+EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """Something the user can put right: a path, a key, a value, a line of data."""
+
+
+class ConfigError(UserError):
+    """A configuration key or value that cannot be used."""
+
+
+class DataError(UserError):
+    """A data file, or a line of it, that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, or of a kind that is not supported."""

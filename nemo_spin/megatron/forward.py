@@ -1,0 +1,112 @@
+"""Runs micro-batches through the pipeline, forward only or forward and backward.
+
+The objective sees log-probabilities only; what the pipeline stages exchange, and which of them holds the logits, is
+megatron-core's business and ends here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nemo_spin.megatron.logprobs import per_token_logps
+from nemo_spin.pairs import TokenBatch
+
+T = TypeVar("T")
+
+
+class MicroBatch(Generic[T]):
+    """Sequences that go through the model together, and what the objective needs to know of them.
+
+    sequences: the padded sequences, [b, s].
+    context: anything; passed on to the objective unchanged.
+    """
+
+    __slots__ = ("context", "sequences")
+
+    def __init__(self, sequences: TokenBatch, context: T) -> None:
+        self.sequences = sequences
+        self.context = context
+
+
+Objective = Callable[[MicroBatch[Any], Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(micro-batch, per_token_logps [b, s-1]) -> (scalar to minimize, detached tensors to return)."""
+
+
+def run(
+    model: torch.nn.Module,
+    micro_batches: Sequence[MicroBatch[Any]],
+    objective: Objective,
+    vocab_size: int,
+    *,
+    forward_only: bool,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Tensor]]:
+    """The objective's second value for each micro-batch, in order, on every pipeline stage.
+
+    model: GPTModel or its DDP wrapper; every process of a data-parallel replica passes the same micro-batches.
+    The sum over micro-batches of the objective's first value is what is differentiated, averaged over data parallel.
+    progress: told the number of sequences of each micro-batch that has left this stage.
+    """
+    count = len(micro_batches)
+    device = next(model.parameters()).device
+
+    def forward_step(iterator: Iterator[MicroBatch[Any]], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        micro_batch = next(iterator)
+        sequences = micro_batch.sequences.to(device)
+        positions = torch.arange(sequences.tokens.shape[1], device=device).expand_as(sequences.tokens)
+        output = model(sequences.tokens, positions, None)
+
+        def loss_func(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, values = objective(micro_batch, per_token_logps(logits, sequences, vocab_size))
+            # The schedule divides by the number of micro-batches, in place; the objective has its own denominator.
+            return loss * count, values
+
+        return output, loss_func
+
+    def feed() -> Iterator[MicroBatch[Any]]:
+        for micro_batch in micro_batches:
+            yield micro_batch
+            if progress is not None:
+                progress(micro_batch.sequences.tokens.shape[0])
+
+    longest = max(micro_batch.sequences.tokens.shape[1] for micro_batch in micro_batches)
+    values = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=feed(),
+        model=[model],
+        num_microbatches=count,
+        seq_length=longest,
+        micro_batch_size=micro_batches[0].sequences.tokens.shape[0],
+        forward_only=forward_only,
+    )
+    return from_last_stage(values)
+
+
+def from_last_stage(value: T) -> T:
+    """What the last pipeline stage holds, on every stage."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return value
+    box = [_to(value, torch.device("cpu"))]
+    dist.broadcast_object_list(
+        box,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return box[0]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to(item, device) for item in value]
+    return value

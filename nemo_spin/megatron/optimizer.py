@@ -1,0 +1,149 @@
+"""megatron-core's data parallelism and Adam around a GPT model: zero_grad, step, fresh start, sharded state."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+if TYPE_CHECKING:
+    from nemo_spin.config import OptimConfig
+
+_DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Constant": "constant"}
+
+# Sharded by parameter, not by rank: what any layout wrote, any other reads.
+_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+class Optimizer:
+    """Adam over a data-parallel model, with clipping, warm-up and decay.
+
+    Gradients are reduced in fp32. In bf16 the parameters that Adam updates are fp32 copies, kept over iterations.
+    `model` is the wrapped model: forward and backward have to go through it.
+    """
+
+    def __init__(self, gpt: GPTModel, optim: OptimConfig, gradient_clip_val: float) -> None:
+        self.optim = optim
+        config = gpt.config
+        self.model = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed),
+            gpt,
+        )
+        beta1, beta2 = optim.betas
+        self._adam = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr[0],
+                min_lr=0.0,
+                weight_decay=optim.weight_decay,
+                adam_beta1=beta1,
+                adam_beta2=beta2,
+                adam_eps=optim.eps,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                clip_grad=gradient_clip_val,
+                use_distributed_optimizer=optim.distributed,
+            ),
+            [self.model],
+        )
+        config.grad_scale_func = self._adam.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        self._scheduler: OptimizerParamScheduler | None = None
+
+    def start(self, lr: float, total_steps: int, steps_done: int = 0, fresh: bool = True) -> None:
+        """Begin, or go on with, a schedule of `total_steps` steps that peaks at `lr`.
+
+        fresh: forget the moments of Adam, as at the start of an iteration in the paper.
+        """
+        if fresh:
+            self._forget_moments()
+        sched = self.optim.sched
+        warmup_steps = min(sched.warmup_steps, max(total_steps - 1, 0))
+        min_lr = min(sched.min_lr, lr)
+        for group in self._adam.param_groups:
+            group["max_lr"], group["min_lr"] = lr, min_lr
+        self._scheduler = OptimizerParamScheduler(
+            self._adam,
+            init_lr=0.0,
+            max_lr=lr,
+            min_lr=min_lr,
+            lr_warmup_steps=warmup_steps,
+            lr_decay_steps=max(total_steps - sched.constant_steps, warmup_steps + 1),
+            lr_decay_style=_DECAY_STYLES[sched.name],
+            start_wd=self.optim.weight_decay,
+            end_wd=self.optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+        # megatron-core warms up from a learning rate of 0, which would waste the first step.
+        self._scheduler.step(steps_done + (1 if warmup_steps else 0))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return max(group["lr"] for group in self._adam.param_groups)
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad_buffer()
+        self._adam.zero_grad()
+
+    def step(self) -> tuple[float, float]:
+        """Reduce, clip, update and advance the schedule. Returns (gradient norm before clipping, learning rate)."""
+        lr = self.lr
+        _, grad_norm, _ = self._adam.step()
+        self._scheduler.step(1)
+        return float(grad_norm), lr
+
+    def reload_weights(self) -> None:
+        """Take the model's present weights as the ones to update, after they were written to from outside."""
+        self._adam.reload_model_params()
+
+    def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        """Moments, step and fp32 parameters as megatron-core shards them.
+
+        model_state: the model's own sharded state dict; optimizer shards are cut like the parameters in it.
+        """
+        if is_loading:
+            for adam in self._distributed_parts():
+                adam._init_optimizer_states_with_dummy_values()
+        return self._adam.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._adam.load_state_dict(state)
+        for values in self._moments():
+            if "step" in values:
+                # All parameters come back sharing one tensor, which every one of them would then advance.
+                values["step"] = values["step"].clone()
+
+    def _parts(self) -> list[Any]:
+        return getattr(self._adam, "chained_optimizers", [self._adam])
+
+    def _distributed_parts(self) -> list[DistributedOptimizer]:
+        return [part for part in self._parts() if isinstance(part, DistributedOptimizer)]
+
+    def _moments(self) -> list[dict[str, Any]]:
+        inner = [part.optimizer for part in self._parts() if getattr(part, "optimizer", None) is not None]
+        return list(chain.from_iterable(optimizer.state.values() for optimizer in inner))
+
+    def _forget_moments(self) -> None:
+        for values in self._moments():
+            for value in values.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+        for group in self._adam.param_groups:
+            # TransformerEngine's and Apex's Adam count steps in the group, torch's per parameter.
+            if "step" in group:
+                group["step"] = torch.zeros_like(group["step"]) if isinstance(group["step"], torch.Tensor) else 0

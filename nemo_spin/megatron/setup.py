@@ -1,0 +1,71 @@
+"""Process groups and devices: NCCL with CUDA, gloo without."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from nemo_spin.errors import ConfigError
+from nemo_spin.megatron import cpu_backend
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize(
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    seed: int,
+    timeout: timedelta = timedelta(minutes=30),
+) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (or make one of a single
+    process) and lay tensor and pipeline parallelism over it; the rest of the processes is data parallel.
+
+    Raises ConfigError if the number of processes is not a multiple of the model-parallel size.
+    """
+    cpu_backend.install()
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    model_parallel_size = tensor_model_parallel_size * pipeline_model_parallel_size
+    if dist.get_world_size() % model_parallel_size:
+        raise ConfigError(
+            f"{dist.get_world_size()} processes cannot be laid out as tensor_model_parallel_size "
+            f"{tensor_model_parallel_size} x pipeline_model_parallel_size {pipeline_model_parallel_size}: "
+            f"start a multiple of {model_parallel_size}."
+        )
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def is_initialized() -> bool:
+    return dist.is_initialized() and parallel_state.model_parallel_is_initialized()
+
+
+def layout() -> tuple[int, int]:
+    """(tensor, pipeline) model-parallel size of the process groups."""
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the process groups. Safe to call when there are none."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

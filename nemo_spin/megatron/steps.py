@@ -1,0 +1,190 @@
+"""One optimizer step, and the forward passes beside it: SPIN, SFT, and the log-probabilities of responses.
+
+A global batch is a list that every process holds. Each data-parallel rank takes its share; the loss is averaged over
+the pairs (SPIN) or tokens (SFT) of the whole global batch, so that the micro-batch size, the number of data-parallel
+ranks and the padding of an incomplete batch change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from nemo_spin.losses import spin_loss, spin_metrics
+from nemo_spin.megatron import forward
+from nemo_spin.megatron.forward import MicroBatch
+from nemo_spin.megatron.logprobs import of_each_response
+from nemo_spin.megatron.optimizer import Optimizer
+from nemo_spin.pairs import Example, Pair, TokenBatch, collate
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How sequences become tensors.
+
+    vocab_size: real rows of the vocabulary; the rest is padding.
+    pad_id: token id that fills up sequences on the right.
+    micro_batch_size: items (pairs, examples) that go through the model together.
+    multiple_of: padded lengths are a multiple of it (the tensor-parallel size under sequence parallelism).
+    """
+
+    vocab_size: int
+    pad_id: int
+    micro_batch_size: int
+    multiple_of: int = 1
+
+    def collate(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> TokenBatch:
+        return collate(prompts, responses, self.pad_id, self.multiple_of)
+
+
+def _own_share(global_batch: Sequence[T], micro_batch_size: int) -> list[tuple[list[T], Tensor]]:
+    """This data-parallel rank's micro-batches of a global batch, each with the weights [b] of its items.
+
+    All ranks get the same number of full micro-batches; where the global batch does not fill them, an item is
+    repeated with weight 0.
+    """
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    per_rank = -(-len(global_batch) // (size * micro_batch_size)) * micro_batch_size
+    positions = range(rank, per_rank * size, size)
+    items = [(global_batch[min(i, len(global_batch) - 1)], float(i < len(global_batch))) for i in positions]
+    micro_batches = [items[start : start + micro_batch_size] for start in range(0, per_rank, micro_batch_size)]
+    return [([item for item, _ in mb], torch.tensor([weight for _, weight in mb])) for mb in micro_batches]
+
+
+def _total(values: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
+    """Sums over this rank's micro-batches and over data-parallel ranks, in fp64."""
+    names = list(values[0])
+    sums = torch.stack([torch.stack([value[name].double() for value in values]).sum() for name in names]).to(device)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _gradient_scale() -> int:
+    """Undoes the average over data-parallel ranks: our losses are already divided by what the global batch holds."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def spin_step(optimizer: Optimizer, pairs: Sequence[Pair], beta: float, batching: Batching) -> dict[str, float]:
+    """One optimizer step on a global batch of pairs. Returns the metrics of the batch, the same on every rank.
+
+    `loss` and every `rewards/*` and `logps/*` is the mean over pairs; `tokens/chosen` and `tokens/rejected` the mean
+    number of response tokens; `grad_norm` is taken before clipping; `lr` is the learning rate of this step.
+    """
+    micro_batches = []
+    for items, weights in _own_share(pairs, batching.micro_batch_size):
+        prompts = [pair.example.prompt_ids for pair in items]
+        responses = [pair.example.response_ids for pair in items] + [pair.rejected_ids for pair in items]
+        reference = torch.tensor([[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in items])
+        micro_batches.append(MicroBatch(batching.collate(prompts * 2, responses), (weights, reference)))
+
+    def objective(micro_batch: MicroBatch[tuple[Tensor, Tensor]], per_token_logps: Tensor):
+        logps = per_token_logps.sum(-1)
+        weights, reference = (t.to(logps.device) for t in micro_batch.context)
+        chosen, rejected = logps.chunk(2)
+        ref_chosen, ref_rejected = reference.unbind(-1)
+        losses = spin_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+        tokens = micro_batch.sequences.response_mask.sum(-1).to(logps.device, torch.float32).chunk(2)
+        with torch.no_grad():
+            values = spin_metrics(chosen, rejected, ref_chosen, ref_rejected, beta)
+            values |= {"loss": losses, "tokens/chosen": tokens[0], "tokens/rejected": tokens[1]}
+            sums = {name: (value * weights).sum() for name, value in values.items()}
+        return (losses * weights).sum() * (_gradient_scale() / len(pairs)), sums
+
+    totals = _train(optimizer, micro_batches, objective, batching.vocab_size)
+    grad_norm, lr = optimizer.step()
+    return {name: value / len(pairs) for name, value in totals.items()} | {"grad_norm": grad_norm, "lr": lr}
+
+
+def sft_step(optimizer: Optimizer, examples: Sequence[Example], batching: Batching) -> dict[str, float]:
+    """One optimizer step of supervised fine-tuning: the mean NLL over the response tokens of a global batch."""
+    tokens = sum(len(example.response_ids) for example in examples)
+
+    def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor):
+        weights = micro_batch.context.to(per_token_logps.device)
+        nll = -(per_token_logps.sum(-1) * weights).sum()
+        return nll * (_gradient_scale() / tokens), {"loss": nll.detach()}
+
+    totals = _train(optimizer, _sft_micro_batches(examples, batching), objective, batching.vocab_size)
+    grad_norm, lr = optimizer.step()
+    return {"loss": totals["loss"] / tokens, "grad_norm": grad_norm, "lr": lr}
+
+
+def _train(
+    optimizer: Optimizer, micro_batches: list[MicroBatch], objective: forward.Objective, vocab_size: int
+) -> dict[str, float]:
+    optimizer.model.train()
+    optimizer.zero_grad()
+    values = forward.run(optimizer.model, micro_batches, objective, vocab_size, forward_only=False)
+    return _total(values, _device(optimizer.model))
+
+
+def _sft_micro_batches(examples: Sequence[Example], batching: Batching) -> list[MicroBatch[Tensor]]:
+    return [
+        MicroBatch(batching.collate([e.prompt_ids for e in items], [e.response_ids for e in items]), weights)
+        for items, weights in _own_share(examples, batching.micro_batch_size)
+    ]
+
+
+@torch.no_grad()
+def sft_nll(gpt: GPTModel, examples: Sequence[Example], batching: Batching) -> tuple[float, int]:
+    """The summed NLL of the response tokens of a global batch, in nats, and their number; on every rank."""
+
+    def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor):
+        nll = -(per_token_logps.sum(-1) * micro_batch.context.to(per_token_logps.device)).sum()
+        return nll, {"nll": nll}
+
+    gpt.eval()
+    micro_batches = _sft_micro_batches(examples, batching)
+    values = forward.run(gpt, micro_batches, objective, batching.vocab_size, forward_only=True)
+    return _total(values, _device(gpt))["nll"], sum(len(example.response_ids) for example in examples)
+
+
+@torch.no_grad()
+def response_logps(
+    gpt: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    batching: Batching,
+    progress: Callable[[int], None] | None = None,
+) -> list[Tensor]:
+    """The log-probability of every token of every response given its prompt, in nats.
+
+    Every process of a data-parallel replica passes the same sequences; replicas are independent of each other.
+    Returns, in the order of the input, fp32 tensors [len(response)] on the CPU. `progress` is told how many sequences
+    each micro-batch held.
+    """
+
+    def objective(micro_batch: MicroBatch[None], per_token_logps: Tensor):
+        return per_token_logps.sum(), {"logps": per_token_logps}
+
+    gpt.eval()
+    # Sorted by length, so that sequences are padded to about their own length.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    size = batching.micro_batch_size
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    micro_batches: list[MicroBatch[None]] = [
+        MicroBatch(batching.collate([prompts[i] for i in group], [responses[i] for i in group]), None)
+        for group in groups
+    ]
+    if not micro_batches:
+        return []
+    values = forward.run(
+        gpt, micro_batches, objective, batching.vocab_size, forward_only=True, progress=progress
+    )
+    logps: dict[int, Tensor] = {}
+    for group, micro_batch, value in zip(groups, micro_batches, values, strict=True):
+        logps.update(zip(group, of_each_response(value["logps"], micro_batch.sequences), strict=True))
+    return [logps[i] for i in range(len(prompts))]

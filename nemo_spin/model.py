@@ -1,0 +1,266 @@
+"""The SPIN model as NeMo sees it: a ModelPT that owns the GPT, its optimizer and its reference.
+
+It registers the package with NeMo, so that NeMo restores archives that name this class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nemo.core.classes import ModelPT
+from nemo.core.classes import common as nemo_common
+from nemo.utils.app_state import AppState
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_spin.archive import SPINSaveRestoreConnector
+from nemo_spin.checkpoint.architecture import Architecture, check_layout
+from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
+from nemo_spin.checkpoint.source import CheckpointSource, open_checkpoint
+from nemo_spin.checkpoint.stored import EMBEDDING, StoredTensor
+from nemo_spin.checkpoint.tokenizer_description import from_nemo1, override
+from nemo_spin.checkpoint.weights import load_weights
+from nemo_spin.config import RecomputeConfig, SpinConfig, normalize_precision
+from nemo_spin.data.chat import stop_ids
+from nemo_spin.errors import UserError
+from nemo_spin.generation.engine import Generator
+from nemo_spin.megatron import setup, steps
+from nemo_spin.megatron.gpt import build_gpt
+from nemo_spin.megatron.optimizer import Optimizer
+from nemo_spin.megatron.steps import Batching
+from nemo_spin.pairs import Example, Pair
+from nemo_spin.reference import Reference
+from nemo_spin.rollouts import Rollout, roll_out
+from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
+
+if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
+    nemo_common.ALLOWED_TARGET_PREFIXES.append("nemo_spin.")
+
+
+class MegatronGPTSPINModel(ModelPT):
+    """A GPT in its parallel layout, with what SPIN does to it.
+
+    Made by `restore_from` (a NeMo 1 `.nemo`, packed or unpacked, or a NeMo 2 directory, in any layout that divides the
+    model) or, with random weights, from a configuration in NeMo 1's names. For training, call `prepare_training`.
+
+    gpt: this process's part of the model. architecture: independent of the layout. tokenizer: the checkpoint's, or the
+    one that `tokenizer` in an overriding configuration names.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Any = None) -> None:
+        """cfg: the `model` section: `tensor_model_parallel_size`, `pipeline_model_parallel_size`, `sequence_parallel`,
+        `precision`, `seed`, `activations_checkpoint_*`; without a checkpoint also the architecture and the tokenizer.
+
+        The process groups, where there are none yet, are made for the layout in cfg.
+        """
+        super().__init__(cfg=cfg, trainer=trainer)
+        cfg = self._cfg
+        if not setup.is_initialized():
+            setup.initialize(
+                cfg.get("tensor_model_parallel_size", 1),
+                cfg.get("pipeline_model_parallel_size", 1),
+                cfg.get("seed", 1234),
+            )
+        self.precision = normalize_precision(cfg.get("precision", "32"))
+        if self._is_model_being_restored():
+            self._build_from_checkpoint(AppState().nemo_file_folder)
+        else:
+            self._build_from_config()
+        self.optimizer: Optimizer | None = None
+        self.reference: Reference | None = None
+
+    def _build_from_checkpoint(self, path: str) -> None:
+        with open_checkpoint(path) as source:
+            self.tokenizer = restore_tokenizer(source, self._cfg.get("tokenizer"))
+            self._build(source.architecture(self.tokenizer.vocab_size), path)
+            load_weights(self.gpt, source)
+
+    def _build_from_config(self) -> None:
+        config = OmegaConf.to_container(self._cfg, resolve=True)
+        self.tokenizer = build_tokenizer(from_nemo1(config, "model.tokenizer"))
+        multiple = config.get("make_vocab_size_divisible_by") or 128
+        rows = -(-self.tokenizer.vocab_size // multiple) * multiple
+        embedding = {EMBEDDING: StoredTensor((rows, config["hidden_size"]), torch.float32)}
+        self._build(architecture_from_nemo1(config, embedding, self.tokenizer.vocab_size, "model"), "model")
+
+    def _build(self, architecture: Architecture, origin: str) -> None:
+        self.architecture = architecture
+        check_tokenizer_fits(self.tokenizer, architecture.vocab_rows, origin)
+        self.sequence_parallel = bool(self._cfg.get("sequence_parallel", False))
+        check_layout(architecture, *setup.layout(), self.sequence_parallel)
+        recompute = RecomputeConfig(
+            granularity=self._cfg.get("activations_checkpoint_granularity"),
+            method=self._cfg.get("activations_checkpoint_method"),
+            num_layers=self._cfg.get("activations_checkpoint_num_layers"),
+        )
+        self.gpt = build_gpt(architecture, self.precision, self.sequence_parallel, recompute)
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def prepare_training(self, cfg: SpinConfig, context_length: int, chat: bool) -> None:
+        """Make optimizer and reference.
+
+        context_length: most tokens of prompt and response. chat: whether the data are conversations, so that generation
+        also stops at the chat template's end of turn.
+        """
+        self._context_length = context_length
+        self._train_batching = self.batching(cfg.micro_batch_size)
+        self._score_batching = self.batching(2 * cfg.spin.log_prob_forward_micro_batch_size)
+        self._max_new_tokens = cfg.spin.length_params.max_length or context_length
+        self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
+        self.reference = Reference(self.gpt, keep_copy=cfg.spin.rollout_window is not None)
+        end_strings = [text for text in cfg.spin.sampling_params.end_strings if self.tokenizer.id_of(text) is None]
+        single = {self.tokenizer.id_of(text) for text in cfg.spin.sampling_params.end_strings} - {None}
+        self._generator = Generator(
+            self.gpt,
+            vocab_size=min(self.tokenizer.vocab_size, self.architecture.vocab_size),
+            max_sequence_length=context_length,
+            sampling=cfg.spin.sampling_params,
+            min_length=cfg.spin.length_params.min_length,
+            stop_ids=stop_ids(self.tokenizer, chat) | single,
+            seed=cfg.seed,
+            slots=cfg.spin.rollout_batch_size,
+            pad_id=self.tokenizer.pad_id,
+            should_stop=ends_with_any(end_strings, self.tokenizer) if end_strings else None,
+        )
+
+    def batching(self, micro_batch_size: int) -> Batching:
+        """How sequences become tensors for this model, `micro_batch_size` at a time."""
+        tensor_model_parallel_size, _ = setup.layout()
+        return Batching(
+            vocab_size=self.architecture.vocab_size,
+            pad_id=self.tokenizer.pad_id,
+            micro_batch_size=micro_batch_size,
+            multiple_of=tensor_model_parallel_size if self.sequence_parallel else 1,
+        )
+
+    def start_schedule(self, lr: float, total_steps: int, steps_done: int, fresh: bool) -> None:
+        """Begin, or go on with, a learning-rate schedule; `fresh` forgets Adam's moments."""
+        self.optimizer.start(lr, total_steps, steps_done, fresh)
+
+    def train_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
+        """One optimizer step on a global batch of pairs; the metrics of the batch."""
+        metrics = steps.spin_step(self.optimizer, pairs, beta, self._train_batching)
+        self.reference.policy_moved()
+        return metrics
+
+    def validation_step(self, examples: Sequence[Example]) -> tuple[float, int]:  # type: ignore[override]
+        """(summed NLL in nats, number) of the response tokens of a global batch."""
+        return steps.sft_nll(self.gpt, examples, self._train_batching)
+
+    def roll_out(
+        self, examples: Sequence[Example], iteration: int, progress: Callable[[str, int], None] | None = None
+    ) -> list[Rollout]:
+        """The reference's responses to these prompts, and both reference log-probabilities."""
+        with self.reference.swapped_in():
+            return roll_out(
+                self.gpt, self._generator, examples, iteration, self._max_new_tokens, self._score_batching, progress
+            )
+
+    def refresh_reference(self) -> None:
+        """The policy becomes the reference."""
+        self.reference.refresh()
+
+    # ------------------------------------------------------------------------------------------ saving and restoring
+
+    @property
+    def reference_is_needed(self) -> bool:
+        """Whether a checkpoint has to hold the reference: it differs from the policy and may be swapped in again."""
+        return self.reference.is_away
+
+    def sharded_training_state(self, with_reference: bool, is_loading: bool) -> dict[str, Any]:
+        """Policy, optimizer and, if asked for, reference, as megatron-core shards them."""
+        policy = _without_extra_state(self.gpt.sharded_state_dict())
+        state = {"policy": policy, "optimizer": self.optimizer.sharded_state_dict(policy, is_loading)}
+        if with_reference:
+            prefix = "ref_policy."
+            state["ref_policy"] = _without_extra_state(self.gpt.sharded_state_dict(prefix=prefix))
+            for name, shard in state["ref_policy"].items():
+                shard.data = self.reference.weights[name.removeprefix(prefix)]
+        return state
+
+    def load_training_state(self, state: dict[str, Any], mid_iteration: bool) -> None:
+        """The inverse of `sharded_training_state`. mid_iteration: the policy has moved away from its reference."""
+        self.gpt.load_state_dict(state["policy"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.reference.refresh()
+        if "ref_policy" in state:
+            self.reference.load({name.removeprefix("ref_policy."): t for name, t in state["ref_policy"].items()})
+        if mid_iteration:
+            self.reference.policy_moved()
+
+    @classmethod
+    def restore_from(cls, restore_path: str, *args: Any, save_restore_connector: Any = None, **kwargs: Any) -> Any:
+        """As ModelPT.restore_from. `override_config_path` (a configuration or a file) is laid over the checkpoint's own
+        configuration; its layout, precision and tokenizer count, the architecture comes from the checkpoint.
+
+        Raises CheckpointError or ConfigError in one sentence for what cannot be restored.
+        """
+        connector = save_restore_connector or SPINSaveRestoreConnector()
+        if not Path(restore_path).expanduser().exists():
+            with open_checkpoint(restore_path):
+                pass
+        return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
+
+    def save_to(self, save_path: str | Path) -> None:
+        """Write a `.nemo` (NeMo 1's layout, torch_dist weights); every process calls it.
+
+        It becomes visible when it is whole. Raises UserError if it cannot be written.
+        """
+        SPINSaveRestoreConnector().save_to(self, str(Path(save_path).expanduser().resolve()))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Empty: no process has all weights. `save_to` and the training checkpoints write them sharded."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:  # type: ignore[override]
+        """Accepts the empty state_dict that a `.nemo` of this class holds beside its sharded weights."""
+        if state_dict:
+            raise UserError(
+                "A MegatronGPTSPINModel takes no plain state_dict: its weights are sharded; use restore_from."
+            )
+
+    # ------------------------------------------------------------------------------------------ ModelPT
+
+    def setup_training_data(self, train_data_config: Any) -> None:
+        """Data belong to the trainer; NeMo asks every model for this method."""
+
+    def setup_validation_data(self, val_data_config: Any) -> None:
+        """Data belong to the trainer; NeMo asks every model for this method."""
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        """None: start from your own SFT checkpoint."""
+        return []
+
+
+def ends_with_any(end_strings: Sequence[str], tokenizer: NeMoTokenizer) -> Callable[[Sequence[int]], bool]:
+    """A function that tells whether the text of generated ids has come to one of the strings.
+
+    Called after every token, so that it needs to look at the last tokens only: each has at least one character, up to
+    byte-level pieces, for which there is room.
+    """
+    reach = max(map(len, end_strings)) * 4
+
+    def should_stop(ids: Sequence[int]) -> bool:
+        text = tokenizer.decode(ids[-reach:])
+        return any(end in text for end in end_strings)
+
+    return should_stop
+
+
+def restore_tokenizer(source: CheckpointSource, overriding: Mapping[str, Any] | None) -> NeMoTokenizer:
+    """The tokenizer that `model.tokenizer` {library, type, model} names, else the checkpoint's own."""
+    chosen = overriding and override(*(overriding.get(key) for key in ("library", "type", "model")))
+    # An archive's own configuration names files inside the archive.
+    if chosen and not str(chosen.source).startswith("nemo:"):
+        return build_tokenizer(chosen)
+    return build_tokenizer(source.tokenizer, source.files_dir)
+
+
+def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+    """TransformerEngine keeps fp8 statistics there, which belong to a layout and are not used."""
+    return {name: shard for name, shard in state.items() if not name.endswith("_extra_state")}
+

@@ -1,0 +1,170 @@
+"""A training run from its configuration: check everything, then build, train, and write the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_spin.checkpoint.architecture import check_layout
+from nemo_spin.checkpoint.source import open_checkpoint
+from nemo_spin.checkpoint.training import TrainingCheckpoints
+from nemo_spin.config import DatasetConfig, SpinConfig, parse_config
+from nemo_spin.data.chat import stop_ids
+from nemo_spin.data.dataset import SFTDataset, load_dataset
+from nemo_spin.data.tokenizer import TextTokenizer
+from nemo_spin.errors import ConfigError
+from nemo_spin.megatron import setup
+from nemo_spin.model import MegatronGPTSPINModel, restore_tokenizer
+from nemo_spin.reporting import Reporter
+from nemo_spin.tokenizers import check_tokenizer_fits
+from nemo_spin.trainer import SPINTrainer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run needs before its weights: checked, and nothing written yet.
+
+    context_length: most tokens of prompt and response. run_dir: where the run writes. resume_from: the checkpoint to
+    go on from, if any.
+    """
+
+    cfg: SpinConfig
+    run_dir: Path
+    resume_from: Path | None
+    context_length: int
+    train_dataset: SFTDataset
+    validation_dataset: SFTDataset | None
+
+
+def preflight(cfg: DictConfig) -> Inputs:
+    """Read configuration, the checkpoint's description and the data; load no weights, write nothing.
+
+    Raises UserError for the first thing that cannot be used.
+    """
+    spin = parse_config(OmegaConf.to_container(cfg, resolve=True))
+    run_dir = _run_dir(cfg)
+    resume_from = _checkpoint_to_resume(cfg, run_dir)
+    with open_checkpoint(spin.restore_from_path) as source:
+        tokenizer = restore_tokenizer(source, spin.tokenizer and dataclasses.asdict(spin.tokenizer))
+        architecture = source.architecture(tokenizer.vocab_size)
+    check_tokenizer_fits(tokenizer, architecture.vocab_rows, spin.restore_from_path)
+    parallel = spin.parallel
+    check_layout(
+        architecture,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.sequence_parallel,
+    )
+    context_length = spin.encoder_seq_length or architecture.max_sequence_length
+    if architecture.position_embedding_type == "learned_absolute" and context_length > architecture.max_sequence_length:
+        raise ConfigError(
+            f"model.encoder_seq_length {context_length} is more than the {architecture.max_sequence_length} positions "
+            "that the checkpoint has learned: choose at most that."
+        )
+    train = _load(spin.train_ds, tokenizer, context_length)
+    validation = _load(spin.validation_ds, tokenizer, context_length) if spin.validation_ds else None
+    stop_ids(tokenizer, train.has_chat)
+    return Inputs(spin, run_dir, resume_from, context_length, train, validation)
+
+
+def _load(cfg: DatasetConfig, tokenizer: TextTokenizer, context_length: int) -> SFTDataset:
+    return load_dataset(
+        cfg.file_path,
+        tokenizer,
+        max_seq_length=min(cfg.max_seq_length or context_length, context_length),
+        prompt_template=cfg.prompt_template,
+        label_key=cfg.label_key,
+        add_bos=cfg.add_bos,
+        add_eos=cfg.add_eos,
+        overlong=cfg.overlong,
+    )
+
+
+def train(cfg: DictConfig) -> Path | None:
+    """Run self-play training in this process, one of those that were started for it.
+
+    Returns the path of the resulting `.nemo`, or None if none was asked for.
+    """
+    inputs = preflight(cfg)
+    spin = inputs.cfg
+    loggers = _start_experiment(cfg, inputs.run_dir)
+    parallel = spin.parallel
+    setup.initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, spin.seed)
+    try:
+        reporter = Reporter(_is_main(), loggers)
+        for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
+            reporter.say(str(dataset.report))
+        with open_dict(cfg):
+            cfg.model.precision = spin.precision
+        model = MegatronGPTSPINModel.restore_from(spin.restore_from_path, override_config_path=cfg.model)
+        model.prepare_training(spin, inputs.context_length, inputs.train_dataset.has_chat)
+        trainer = SPINTrainer(spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter)
+        if inputs.resume_from is not None:
+            trainer.resume(inputs.resume_from)
+            reporter.say(f"Resumed from {inputs.resume_from}")
+        trainer.fit()
+        return _save_result(cfg, model, inputs.run_dir, reporter)
+    finally:
+        setup.shutdown()
+
+
+def _save_result(cfg: DictConfig, model: MegatronGPTSPINModel, run_dir: Path, reporter: Reporter) -> Path | None:
+    options = cfg.exp_manager.get("checkpoint_callback_params") or {}
+    if not options.get("save_nemo_on_train_end", True):
+        return None
+    path = run_dir / "checkpoints" / f"{cfg.exp_manager.get('name') or 'megatron_gpt_spin'}.nemo"
+    model.save_to(path)
+    reporter.say(f"Saved {path}")
+    return path
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _run_dir(cfg: DictConfig) -> Path:
+    """Where the run writes, as NeMo's exp_manager lays it out for a run that can be resumed."""
+    exp = cfg.exp_manager
+    if exp.get("explicit_log_dir"):
+        return Path(exp.explicit_log_dir).expanduser().resolve()
+    return (Path(exp.get("exp_dir") or "nemo_experiments").expanduser() / (exp.get("name") or "default")).resolve()
+
+
+def _checkpoint_to_resume(cfg: DictConfig, run_dir: Path) -> Path | None:
+    exp = cfg.exp_manager
+    latest = TrainingCheckpoints(run_dir / "checkpoints").latest()
+    if exp.get("resume_if_exists"):
+        if latest is None and not exp.get("resume_ignore_no_checkpoint"):
+            raise ConfigError(
+                f"exp_manager.resume_if_exists is set, but {run_dir} holds no checkpoint: choose the directory of the "
+                "run, or set exp_manager.resume_ignore_no_checkpoint=true to start one."
+            )
+        return latest
+    if latest is not None:
+        raise ConfigError(
+            f"{run_dir} holds the checkpoints of an earlier run: set exp_manager.resume_if_exists=true to go on with "
+            "it, or choose another exp_manager.explicit_log_dir."
+        )
+    return None
+
+
+def _start_experiment(cfg: DictConfig, run_dir: Path) -> list[Any]:
+    """NeMo's exp_manager on the main process: loggers and the record of the command. Returns the loggers."""
+    if not _is_main():
+        return []
+    from lightning.pytorch import Trainer
+    from nemo.utils.exp_manager import exp_manager
+
+    # Resuming and checkpoints are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
+    ours = ("resume_if_exists", "resume_ignore_no_checkpoint", "resume_from_checkpoint", "checkpoint_callback_params")
+    options = {key: value for key, value in OmegaConf.to_container(cfg.exp_manager, resolve=True).items() if key not in ours}
+    options |= {"explicit_log_dir": str(run_dir), "exp_dir": None, "create_checkpoint_callback": False}
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
+    exp_manager(trainer, OmegaConf.create(options))
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    return list(trainer.loggers)

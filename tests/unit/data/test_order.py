@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from nemo_spin.data.dataset import load_dataset
+from nemo_spin.data.order import batches, epoch_order, num_batches
+from nemo_spin.errors import ConfigError
+
+
+def test_order_is_a_permutation_of_seed_iteration_and_epoch_only():
+    orders = {}
+    for seed, iteration, epoch in itertools.product((0, 1, 11), (0, 1, 11), (0, 1, 11)):
+        order = epoch_order(101, seed, iteration, epoch, shuffle=True)
+        assert order.dtype == torch.int64
+        assert order.sort().values.tolist() == list(range(101))
+        orders[tuple(order.tolist())] = seed, iteration, epoch
+    assert len(orders) == 27
+
+    state = torch.random.get_rng_state()
+    again = epoch_order(101, 1, 11, 0, shuffle=True)
+    assert orders[tuple(again.tolist())] == (1, 11, 0)  # whatever was drawn before
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_order_stays_as_it_is_across_versions():
+    assert epoch_order(8, seed=1234, iteration=0, epoch=0, shuffle=True).tolist() == [4, 2, 7, 1, 0, 3, 6, 5]
+
+
+def test_no_shuffle():
+    assert epoch_order(5, 1, 2, 3, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, 101), (-1, 101), (1.0, 101), (1, 1), (7, 7), (500, 101), (0, 0), (0.0, 0), (0.5, 50), (0.001, 1),
+        (0.999, 100),
+    ],
+)  # fmt: skip
+def test_num_batches(limit, expected):
+    assert num_batches(1001, 10, limit) == expected
+
+
+def test_num_batches_survives_floating_point():
+    assert num_batches(1000, 10, 0.29) == 29
+    assert num_batches(0, 10, 0.5) == 0
+
+
+@pytest.mark.parametrize("limit", [-2, -0.5, 1.5, float("nan")])
+def test_limits_that_mean_nothing(limit):
+    with pytest.raises(ConfigError, match="limit"):
+        num_batches(10, 2, limit)
+
+
+@pytest.mark.parametrize("limit", [None, 3, 0.8])
+def test_batches_resume_with_the_tail(write, tokenizer, limit):
+    lines = [f'{{"prompt_ids": [{i}], "response_ids": [2]}}' for i in range(18)]
+    dataset = load_dataset(write(*lines), tokenizer, max_seq_length=9)
+    order = epoch_order(18, 1, 0, 0, shuffle=True)
+    whole = list(batches(dataset, order, 4, limit_batches=limit))
+    assert len(whole) == num_batches(18, 4, limit)
+    for start in range(7):
+        assert list(batches(dataset, order, 4, start_batch=start, limit_batches=limit)) == whole[start:]
+    if limit is None:
+        assert [len(batch) for batch in whole] == [4, 4, 4, 4, 2]
+        assert [example.index for batch in whole for example in batch] == order.tolist()

@@ -1,0 +1,31 @@
+"""Collation: the response mask covers the stop token, and neither prompt nor padding."""
+
+from __future__ import annotations
+
+from nemo_spin.pairs import collate
+from nemo_spin.progress import Progress
+
+
+def test_mask_is_aligned_with_tokens_and_covers_the_stop_token() -> None:
+    stop, pad = 9, 0
+    batch = collate([(1, 2, 3), (4,)], [(5, stop), (6, 7, 8, stop)], pad, multiple_of=4)
+    assert batch.tokens.tolist() == [[1, 2, 3, 5, 9, 0, 0, 0], [4, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch.response_mask.int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0, 0]]
+    assert batch.prompt_lengths.tolist() == [3, 1]
+    assert batch.sequence_lengths.tolist() == [5, 5]
+
+
+def test_a_pad_id_that_is_the_stop_token_does_not_hide_it() -> None:
+    stop = 9
+    batch = collate([(1,), (1,)], [(stop,), (2, 3, stop)], pad_id=stop)
+    assert batch.tokens[0].tolist() == [1, 9, 9, 9]
+    assert batch.response_mask[0].int().tolist() == [0, 1, 0, 0]
+
+
+def test_progress_survives_its_state_dict() -> None:
+    progress = Progress()
+    progress.advance(8)
+    progress.next_iteration()
+    progress.advance(5)
+    restored = Progress.from_state_dict(progress.state_dict())
+    assert restored == progress == Progress(iteration=1, iteration_step=1, step=2, consumed_samples=13)
