@@ -39,7 +39,7 @@ class SPINSaveRestoreConnector(SaveRestoreConnector):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
             dist.barrier()
-            save_weights(model.gpt, folder / nemo_archive.WEIGHTS)
+            save_weights(model.gpt, folder / nemo_archive.WEIGHTS, model.architecture.vocab_rows)
             if is_main:
                 torch.save({}, folder / self.model_weights_ckpt)
                 config = archived_config(model, model.tokenizer.save(folder))

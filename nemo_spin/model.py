@@ -22,7 +22,7 @@ from nemo_spin.checkpoint.source import CheckpointSource, open_checkpoint
 from nemo_spin.checkpoint.stored import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1, override
 from nemo_spin.checkpoint.weights import load_weights
-from nemo_spin.config import RecomputeConfig, SpinConfig, normalize_precision
+from nemo_spin.config import RecomputeConfig, SpinConfig
 from nemo_spin.data.chat import stop_ids
 from nemo_spin.errors import UserError
 from nemo_spin.generation.engine import Generator
@@ -63,7 +63,7 @@ class MegatronGPTSPINModel(ModelPT):
                 cfg.get("pipeline_model_parallel_size", 1),
                 cfg.get("seed", 1234),
             )
-        self.precision = normalize_precision(cfg.get("precision", "32"))
+        self.precision = "bf16" if "bf16" in str(cfg.get("precision")) else "32"
         if self._is_model_being_restored():
             self._build_from_checkpoint(AppState().nemo_file_folder)
         else:
@@ -185,9 +185,10 @@ class MegatronGPTSPINModel(ModelPT):
         """The inverse of `sharded_training_state`. mid_iteration: the policy has moved away from its reference."""
         self.gpt.load_state_dict(state["policy"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.reference.refresh()
         if "ref_policy" in state:
             self.reference.load({name.removeprefix("ref_policy."): t for name, t in state["ref_policy"].items()})
+        else:
+            self.reference.refresh()
         if mid_iteration:
             self.reference.policy_moved()
 

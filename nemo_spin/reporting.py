@@ -66,8 +66,8 @@ class Reporter:
             for logger in self.loggers:
                 logger.log_metrics(metrics, step)
 
-    def step(self, progress: Progress, epoch: int, metrics: dict[str, float], total: int | None = None) -> None:
-        """Show an optimizer step; `progress` has counted it already."""
+    def step(self, progress: Progress, epoch: int, metrics: dict[str, float], total: int) -> None:
+        """Show an optimizer step, one of `total` in its iteration; `progress` has counted it already."""
         position = {"iteration": progress.iteration, "epoch": epoch, "consumed_samples": progress.consumed_samples}
         self.log(metrics | position, progress.step)
         if not self.is_main:
@@ -89,6 +89,8 @@ class Reporter:
             if not self.is_main:
                 return
             if phase not in bars:
+                for finished in bars.values():
+                    finished.close()
                 bars[phase] = tqdm(total=totals[phase], desc=f"iteration {iteration}: {phase}")
             bars[phase].update(count)
 

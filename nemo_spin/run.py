@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,5 +167,7 @@ def _start_experiment(cfg: DictConfig, run_dir: Path) -> list[Any]:
     options |= {"explicit_log_dir": str(run_dir), "exp_dir": None, "create_checkpoint_callback": False}
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
     exp_manager(trainer, OmegaConf.create(options))
+    # exp_manager shows megatron-core's log on the terminal: a page of settings and buckets for every model it wraps.
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     return list(trainer.loggers)

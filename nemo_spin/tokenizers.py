@@ -112,6 +112,7 @@ class NeMoTokenizer:
             if self._description.chat_template:
                 node["chat_template"] = self._description.chat_template
             return node
+        directory.mkdir(parents=True, exist_ok=True)
         ((_, content),) = self._files.items()
         name = f"{hashlib.md5(content, usedforsecurity=False).hexdigest()}_tokenizer.model"
         (directory / name).write_bytes(content)

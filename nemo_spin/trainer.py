@@ -97,7 +97,7 @@ class SPINTrainer:
             at_end = self._steps_left_in_iteration() == 0
             if at_end or self._is_due(self.cfg.loop.val_check_interval):
                 metrics |= self.validate()
-            self.reporter.step(self.progress, batch.epoch, metrics)
+            self.reporter.step(self.progress, batch.epoch, metrics, self._steps_per_iteration)
             if not at_end and self._is_due(self.cfg.loop.save_interval):
                 self.save(metrics)
         metrics |= self.rollouts.summary()

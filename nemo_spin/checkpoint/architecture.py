@@ -92,7 +92,9 @@ def transformer_fields(
         ("kv_channels", kv_channels or 1),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"The checkpoint's configuration gives {name}: {value}, which is no positive integer.")
+            raise CheckpointError(
+                f"The checkpoint's configuration gives {name}: {value}, which is no positive integer."
+            )
     groups = num_query_groups or num_attention_heads
     if num_attention_heads % groups:
         raise CheckpointError(

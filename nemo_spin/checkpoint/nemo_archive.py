@@ -57,10 +57,10 @@ def unpack(archive: str | Path, directory: str | Path, wanted: Callable[[str], b
                 tar.extract(member, directory, filter="data")
 
 
-def member_names(archive: str | Path) -> set[str]:
-    """Names of the archive's files, without a leading "./". Raises CheckpointError as `unpack` does."""
+def member_sizes(archive: str | Path) -> dict[str, int]:
+    """Name (without a leading "./") and bytes of each file. Raises CheckpointError as `unpack` does."""
     with _readable(archive) as tar:
-        return {member.name.removeprefix("./") for member in tar if member.isfile()}
+        return {member.name.removeprefix("./"): member.size for member in tar if member.isfile()}
 
 
 @contextmanager

@@ -112,7 +112,8 @@ def _open_directory(path: Path) -> CheckpointSource:
 
 
 def _open_archive(path: Path, scratch: Path) -> CheckpointSource:
-    names = nemo_archive.member_names(path)
+    sizes = nemo_archive.member_sizes(path)
+    names = set(sizes)
     if nemo_archive.CONFIG not in names:
         raise CheckpointError(
             f"{path} is a tar archive, but no .nemo: it holds no {nemo_archive.CONFIG}; or it is truncated."
@@ -125,7 +126,9 @@ def _open_archive(path: Path, scratch: Path) -> CheckpointSource:
     nemo_archive.unpack(
         path, scratch, lambda name: name in descriptions | zarr | artifacts or name.split("/")[0] in artifacts
     )
-    source = _nemo1_source(path, scratch, scratch / nemo_archive.WEIGHTS)
+    prefix = f"{nemo_archive.WEIGHTS}/"
+    weights = {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
+    source = _nemo1_source(path, scratch, scratch / nemo_archive.WEIGHTS, weights)
     source._weights_dir = None
     return source
 
@@ -143,13 +146,13 @@ def _check_nemo1_names(names: set[str], path: Path) -> None:
     )
 
 
-def _nemo1_source(path: Path, files: Path, weights: Path) -> CheckpointSource:
+def _nemo1_source(path: Path, files: Path, weights: Path, sizes: Mapping[str, int] | None = None) -> CheckpointSource:
     config = _read_config(files / nemo_archive.CONFIG, path)
     try:
         tokenizer = tokenizer_description.from_nemo1(config, str(path))
     except CheckpointError:
         tokenizer = None
-    tensors = read_stored_tensors(weights, nemo1.KEY_PREFIX, str(path))
+    tensors = read_stored_tensors(weights, nemo1.KEY_PREFIX, str(path), sizes)
     return CheckpointSource(path, "nemo1", nemo1.KEY_PREFIX, config, tensors, tokenizer, files, weights)
 
 
@@ -157,7 +160,7 @@ def _nemo2_source(path: Path, root: Path) -> CheckpointSource:
     description = root / "context" / "model.yaml"
     if not description.is_file():
         raise CheckpointError(
-            f"{path} holds no context/model.yaml: it is incomplete, or written by a NeMo 2.0 that did not write it yet; "
+            f"{path} holds no context/model.yaml: it is incomplete, or from the first NeMo 2.0, which did not write it; "
             "re-save it with NeMo 2.1 or later."
         )
     weights = root / "weights" if (root / "weights").is_dir() else root

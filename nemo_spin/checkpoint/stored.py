@@ -24,6 +24,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 LAYERS = "decoder.layers."
+_QK_NORMS = tuple(f"{which}_layernorm.{kind}" for which in "qk" for kind in ("weight", "bias"))
 
 _ALLOWED_MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing.")
 _ALLOWED_NAMES = {
@@ -104,10 +105,13 @@ def check_backend(weights_dir: Path, origin: str) -> None:
         raise CheckpointError(f"{origin} stores its weights as {backend}, which is not supported: {resave}.")
 
 
-def read_stored_tensors(weights_dir: Path, prefix: str, origin: str) -> dict[str, StoredTensor]:
+def read_stored_tensors(
+    weights_dir: Path, prefix: str, origin: str, sizes: Mapping[str, int] | None = None
+) -> dict[str, StoredTensor]:
     """Name (without `prefix`) -> shape and dtype of each stored weight; optimizer and `_extra_state` are left out.
 
-    Raises CheckpointError if the directory is no torch_dist checkpoint, or its `.metadata` cannot be read.
+    sizes: bytes of each file of the directory, where it is not unpacked yet. Raises CheckpointError if the directory
+    is no torch_dist checkpoint, its `.metadata` cannot be read, or files are missing or cut off.
     """
     check_backend(weights_dir, origin)
     try:
@@ -119,6 +123,9 @@ def read_stored_tensors(weights_dir: Path, prefix: str, origin: str) -> dict[str
             f"{origin}: {weights_dir.name}/.metadata cannot be read ({type(error).__name__}: {error}): it is damaged, "
             "or written by a torch or megatron-core newer than this one."
         ) from None
+    if sizes is None:
+        sizes = {file.name: file.stat().st_size for file in weights_dir.iterdir() if file.is_file()}
+    _check_files(metadata.storage_data or {}, sizes, f"{origin} is incomplete: {weights_dir.name}")
     tensors = {
         key.removeprefix(prefix): StoredTensor(tuple(entry.size), entry.properties.dtype)
         for key, entry in entries.items()
@@ -132,6 +139,19 @@ def read_stored_tensors(weights_dir: Path, prefix: str, origin: str) -> dict[str
             "adapters, merge them into their base model first."
         )
     return tensors
+
+
+def _check_files(storage: Mapping[Any, Any], sizes: Mapping[str, int], incomplete: str) -> None:
+    """storage: what `.metadata` says of where in which file each piece lies."""
+    for piece in storage.values():
+        name, end = piece.relative_path, piece.offset + piece.length
+        if name not in sizes:
+            raise CheckpointError(f"{incomplete}/{name} is missing; copy it again or use another checkpoint.")
+        if sizes[name] < end:
+            raise CheckpointError(
+                f"{incomplete}/{name} is truncated ({sizes[name]} bytes, at least {end} are needed); copy it again or "
+                "use another checkpoint."
+            )
 
 
 def layers_are_stacked(tensors: Mapping[str, StoredTensor]) -> bool:
@@ -184,7 +204,7 @@ def _reason(key: str, architecture: Architecture) -> str:
             "hidden_size": transformer["hidden_size"],
         }
     elif "norm" in key:
-        names = ["num_layers", "hidden_size", "normalization"] + (["qk_layernorm"] if "k_layernorm" in key else [])
+        names = ["num_layers", "hidden_size", "normalization"] + (["qk_layernorm"] if key.endswith(_QK_NORMS) else [])
         fields = {name: transformer[name] for name in names}
     elif "linear_qkv" in key or "linear_proj" in key:
         names = ["num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"]

@@ -91,9 +91,7 @@ _HARMLESS_PREFIXES = (
 )
 _HARMLESS_SUFFIXES = ("_parallel_size", "_parallel_sizes")
 
-_DEFAULTS = {
-    field.name: field.default if field.default is not MISSING else None for field in fields(TransformerConfig)
-}
+_DEFAULTS = {field.name: field.default if field.default is not MISSING else None for field in fields(TransformerConfig)}
 
 
 def is_transformer_field(name: str) -> bool:

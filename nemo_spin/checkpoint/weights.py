@@ -17,7 +17,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
 
 from nemo_spin.checkpoint.source import CheckpointSource
 from nemo_spin.checkpoint.stored import EMBEDDING, OUTPUT_LAYER, StoredTensor, layers_are_stacked, read_stored_tensors
@@ -27,8 +26,8 @@ from nemo_spin.errors import CheckpointError
 def load_weights(model: GPTModel, source: CheckpointSource) -> None:
     """Fill this rank's part of the model from an opened checkpoint; every rank has to call it.
 
-    Stored dtypes are converted to the model's. Embedding rows beyond the stored ones become zero. Raises
-    CheckpointError if a weight is missing or has another shape.
+    Stored dtypes are converted to the model's. Embedding rows beyond the stored ones become zero (megatron-core's
+    doing). Raises CheckpointError if a weight is missing or has another shape.
     """
     load_directory(model, source.weights_dir(), source.key_prefix, source.tensors, str(source.path))
 
@@ -64,7 +63,6 @@ def load_directory(
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
     if missing or result.unexpected_keys:
         raise CheckpointError(f"{origin} does not fill the model: {(missing or result.unexpected_keys)[0]} is left.")
-    _zero_padding(model, tensors[EMBEDDING].shape[0])
     # The process that unpacked an archive may remove the files when this returns.
     dist.barrier()
 
@@ -116,14 +114,3 @@ def _without_common_state(directory: Path) -> Iterator[Path]:
                 (Path(view) / file.name).symlink_to(file)
         torch.save({}, Path(view) / "common.pt")
         yield Path(view)
-
-
-@torch.no_grad()
-def _zero_padding(model: GPTModel, stored_rows: int) -> None:
-    """Rows of the embedding and of the output layer, [rows of this rank, hidden], that no checkpoint gave a value."""
-    parameters = dict(model.named_parameters())
-    for name in (EMBEDDING, OUTPUT_LAYER):
-        weight: Tensor | None = parameters.get(name)
-        if weight is not None:
-            first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
-            weight[max(stored_rows - first, 0) :].zero_()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_spin.config.keys import check_overrides
-from nemo_spin.config.parse import parse_config, register_resolvers
+from nemo_spin.config.parse import parse_config, register_resolvers, with_defaults
 from nemo_spin.config.schema import (
     AlgorithmConfig,
     DatasetConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "config_dir",
     "parse_config",
     "register_resolvers",
+    "with_defaults",
 ]
 
 

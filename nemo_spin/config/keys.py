@@ -25,7 +25,7 @@ KEYS: dict[str, frozenset[str]] = {
             "limit_val_batches gradient_clip_val"
         ),
         "exp_manager": (
-            "explicit_log_dir exp_dir name version use_datetime_version create_tensorboard_logger "
+            "explicit_log_dir exp_dir name create_tensorboard_logger "
             "summary_writer_kwargs create_wandb_logger wandb_logger_kwargs resume_if_exists "
             "resume_ignore_no_checkpoint log_local_rank_0_only log_global_rank_0_only files_to_copy "
             "checkpoint_callback_params"
@@ -57,6 +57,7 @@ KEYS: dict[str, frozenset[str]] = {
 _RENAMED = {
     "model.spin.generation_batch_size": "model.spin.rollout_batch_size",
     "model.spin.rollout_micro_batch_size": "model.spin.rollout_batch_size",
+    "model.spin.beta": "model.spin.ref_policy_kl_penalty",
     "model.spin.num_rounds": "trainer.spin.max_iterations",
     "model.spin.num_rollout_samples": "model.spin.rollout_window",
     "exp_manager.resume_from_checkpoint": "exp_manager.resume_if_exists",
@@ -101,6 +102,8 @@ _IGNORED: dict[str, tuple[Rule, str]] = {
     "trainer.max_time": (_one_of(None), "a run can be interrupted at any time and resumed"),
     "trainer.max_epochs": (_same_as("trainer", "spin", "max_epochs"), "trainer.spin.max_epochs is what counts"),
     "trainer.max_steps": (_same_as("trainer", "spin", "max_steps"), "trainer.spin.max_steps is what counts"),
+    "exp_manager.version": (_one_of(None), "exp_dir/name is the directory of the run"),
+    "exp_manager.use_datetime_version": (_any, "exp_dir/name is the directory of the run"),
     "exp_manager.max_time_per_run": (_one_of(None), "a run can be interrupted at any time and resumed"),
     "exp_manager.resume_from_checkpoint": (_one_of(None), "exp_manager.resume_if_exists resumes from the last one"),
     "exp_manager.create_checkpoint_callback": (_any, "trainer.spin.save_interval says when to save"),
@@ -218,13 +221,14 @@ def _section(cfg: Mapping[str, Any], section: str) -> Mapping[str, Any]:
 def _unknown(section: str, key: str) -> str:
     path = f"{section}.{key}".lstrip(".")
     elsewhere = [f"{other}.{key}".lstrip(".") for other in KEYS if key in KEYS[other]]
-    near = get_close_matches(key, KEYS[section], n=1, cutoff=0.5)
+    # most unknown keys of `model` name a part of the architecture, which is like none of the known ones
+    near = get_close_matches(key, KEYS[section], n=1, cutoff=0.7 if section == "model" else 0.5)
     if path in _RENAMED:
         hint = f"use {_RENAMED[path]}"
-    elif near:
-        hint = f"did you mean {section}.{near[0]}?" if section else f"did you mean {near[0]}?"
     elif elsewhere:
         hint = f"did you mean {elsewhere[0]}?"
+    elif near:
+        hint = f"did you mean {section}.{near[0]}?".replace(" .", " ")
     elif section == "model":
         hint = "the architecture comes from the checkpoint; known are " + ", ".join(sorted(KEYS[section]))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_spin.config.keys import check_keys
@@ -81,12 +81,15 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
     )
 
 
+def with_defaults(cfg: Mapping[str, Any]) -> DictConfig:
+    """The configuration with the one key that NeMo-Aligner's refer to without having it."""
+    return OmegaConf.merge({"model": {"encoder_seq_length": None}}, OmegaConf.create(cfg))
+
+
 def _resolve(cfg: Mapping[str, Any]) -> dict[str, Any]:
     register_resolvers()
     try:
-        # NeMo-Aligner's configurations refer to this key without having it
-        defaults = OmegaConf.create({"model": {"encoder_seq_length": None}})
-        return OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.create(cfg)), resolve=True)
+        return OmegaConf.to_container(with_defaults(cfg), resolve=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0]}") from error

@@ -49,18 +49,34 @@ class KVCache:
         positions: [b] int64, where in its slot each token goes. longest: tokens in the fullest slot, this one included.
         """
         self.prefilling = False
-        self.positions = positions
-        self.rows = torch.arange(len(positions), device=positions.device)
         self.length = min(round_up(longest), self.capacity)
-        beyond = torch.arange(self.length, device=positions.device) > positions[:, None]
-        mask = torch.zeros(beyond.shape, dtype=dtype, device=positions.device).masked_fill_(beyond, float("-inf"))
+        device = positions.device
+        beyond = torch.arange(self.length, device=device) > positions[:, None]
+        mask = torch.zeros(beyond.shape, dtype=dtype, device=device).masked_fill_(beyond, float("-inf"))
         self.mask = mask[:, None, None, :]
+        groups = self.layers[0].keys.shape[1]
+        heads = torch.arange(len(positions) * groups, device=device) * self.capacity
+        self.places = heads + positions.repeat_interleave(groups)
 
     def move(self, sources: Tensor, destinations: Tensor, length: int) -> None:
         """Copy the first `length` tokens of some slots to others."""
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
                 stored[destinations, :, :length] = stored[sources, :, :length]
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softmax_scale: float | None) -> Tensor:
+    """Attention of a few queries. query [b, g, n, d], keys and values [b, g, l, d], mask [b, 1, 1, l] additive.
+
+    softmax_scale: None for 1 / sqrt(d). Returns [b, g, n, d].
+    """
+    if query.dtype is not torch.float32:
+        # In 16 bits the fused kernel is the one that keeps scores and sums in 32.
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=softmax_scale)
+    # In 32 bits it would give the same, up to four times slower on a CPU for so few queries.
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scores = (query * scale @ keys.transpose(2, 3)).add_(mask)
+    return scores.softmax(dim=-1) @ values
 
 
 class CachedAttention(torch.nn.Module):
@@ -82,13 +98,13 @@ class CachedAttention(torch.nn.Module):
             self._keep(key, value)
             return self.core_attention(query, key, value, attention_mask, **kwargs)
         batch, heads, head_dim = query.shape[1:]
-        self.keys[cache.rows, :, cache.positions] = key[0]
-        self.values[cache.rows, :, cache.positions] = value[0]
+        self.keys.view(-1, head_dim).index_copy_(0, cache.places, key.reshape(-1, head_dim))
+        self.values.view(-1, head_dim).index_copy_(0, cache.places, value.reshape(-1, head_dim))
         # The query heads that share a group stand side by side: as if they were several tokens of one head, so that
         # the keys need not be repeated.
         query = query.view(batch, key.shape[2], -1, head_dim)
         keys, values = self.keys[:batch, :, : cache.length], self.values[:batch, :, : cache.length]
-        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=cache.mask, scale=self.softmax_scale)
+        out = attend(query, keys, values, cache.mask, self.softmax_scale)
         return out.reshape(1, batch, heads * head_dim)
 
     def _keep(self, key: Tensor, value: Tensor) -> None:

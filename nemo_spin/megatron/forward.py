@@ -52,7 +52,7 @@ def run(
 
     model: GPTModel or its DDP wrapper; every process of a data-parallel replica passes the same micro-batches.
     The sum over micro-batches of the objective's first value is what is differentiated, averaged over data parallel.
-    progress: told the number of sequences of each micro-batch that has left this stage.
+    progress: told the number of sequences of each micro-batch that has passed this stage.
     """
     count = len(micro_batches)
     device = next(model.parameters()).device
@@ -62,6 +62,8 @@ def run(
         sequences = micro_batch.sequences.to(device)
         positions = torch.arange(sequences.tokens.shape[1], device=device).expand_as(sequences.tokens)
         output = model(sequences.tokens, positions, None)
+        if progress is not None:
+            progress(sequences.tokens.shape[0])
 
         def loss_func(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss, values = objective(micro_batch, per_token_logps(logits, sequences, vocab_size))
@@ -70,16 +72,10 @@ def run(
 
         return output, loss_func
 
-    def feed() -> Iterator[MicroBatch[Any]]:
-        for micro_batch in micro_batches:
-            yield micro_batch
-            if progress is not None:
-                progress(micro_batch.sequences.tokens.shape[0])
-
     longest = max(micro_batch.sequences.tokens.shape[1] for micro_batch in micro_batches)
     values = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=feed(),
+        data_iterator=iter(micro_batches),
         model=[model],
         num_microbatches=count,
         seq_length=longest,

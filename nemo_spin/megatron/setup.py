@@ -30,6 +30,8 @@ def initialize(
     Raises ConfigError if the number of processes is not a multiple of the model-parallel size.
     """
     cpu_backend.install()
+    # megatron-core overlaps communication with computation by the order in which kernels were launched.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

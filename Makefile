@@ -1,0 +1,46 @@
+# make quickstart   an environment, a small SFT model, and SPIN on it (DEVICES, TP, PP change the layout)
+# make test         an environment, lint, all tests (PYTHON=python3.12 for the other supported stack)
+# make bench        speed and memory, side by side with transformers
+# make clean        remove the environments and what tools leave behind
+#
+# The PyTorch that pip finds under the name TORCH is installed. Without a GPU its CPU build is enough, and smaller:
+# point pip to where that lies, as in  make quickstart TORCH=torch==2.13.0+cpu PIP_ARGS="--extra-index-url ..."
+
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+DEVICES ?= 2
+TP ?= 2
+PP ?= 1
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+.PHONY: quickstart test bench clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/python examples/quickstart/run.py --devices $(DEVICES) --tp $(TP) --pp $(PP)
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py
+
+# torch first: what comes after must not choose another build of it
+$(INSTALLED): pyproject.toml
+	@test -n "$(VERSION)" || { echo "$(PYTHON) does not run: install it, or give one with PYTHON=..."; exit 1; }
+	@echo "Installing into $(VENV) (Python $(VERSION)); this takes some minutes the first time."
+	$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing: on Debian, apt install python3-venv"; exit 1; }
+	$(PIP_INSTALL) "$(TORCH)"
+	$(PIP_INSTALL) --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-3.* build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

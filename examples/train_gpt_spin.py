@@ -1,0 +1,30 @@
+"""Self-play fine-tuning of a Megatron GPT that NeMo has fine-tuned (SFT).
+
+    python examples/train_gpt_spin.py \
+        trainer.devices=4 model.tensor_model_parallel_size=2 model.pipeline_model_parallel_size=2 \
+        pretrained_checkpoint.restore_from_path=/models/sft.nemo \
+        model.data.train_ds.file_path=/data/train.jsonl \
+        model.data.validation_ds.file_path=/data/validation.jsonl \
+        exp_manager.explicit_log_dir=/results/spin
+
+It starts its own processes when none were started for it, and runs as well under torchrun and srun.
+All keys are explained in conf/gpt_spin.yaml. `nemo-spin train` is the same command.
+"""
+
+# ruff: noqa: I001 - nemo_spin first: it silences what NeMo's import says about itself
+
+import sys
+
+from nemo_spin.cli import run_hydra, run_training
+
+from nemo.core.config import hydra_runner
+from omegaconf import DictConfig
+
+
+@hydra_runner(config_path="../conf", config_name="gpt_spin")
+def main(cfg: DictConfig) -> None:
+    run_training(cfg)
+
+
+if __name__ == "__main__":
+    sys.exit(run_hydra(main, sys.argv))

@@ -1,0 +1,110 @@
+"""`nemo-spin score`: the log-probability of each response of a file under a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.jsonl import read_jsonl
+from nemo_spin.errors import DataError, UserError
+from nemo_spin.megatron import setup
+from nemo_spin.megatron.steps import response_logps
+from nemo_spin.model import MegatronGPTSPINModel
+
+# Lines that are sorted by length together and held in memory.
+_CHUNK = 4096
+
+
+def score(
+    checkpoint: str,
+    data: str,
+    output: str,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    precision: str,
+    micro_batch_size: int,
+    prompt_template: str,
+    label_key: str,
+    add_bos: bool,
+    add_eos: bool,
+) -> None:
+    """Write {"logp", "num_tokens", "token_logps"} for each line of `data`, in its order, in nats.
+
+    A line holds text, a conversation, or {"prompt_ids", "response_ids"} (see `nemo_spin.data.formats`). Every process
+    of the run calls it. The output appears when it is whole. Raises UserError.
+    """
+    _check_paths(data, output)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    setup.initialize(tensor_model_parallel_size, pipeline_model_parallel_size, seed=0)
+    try:
+        options = {
+            "precision": precision,
+            "tensor_model_parallel_size": tensor_model_parallel_size,
+            "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        }
+        model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=OmegaConf.create(options))
+        encoder = RecordEncoder(
+            model.tokenizer, prompt_template=prompt_template, label_key=label_key, add_bos=add_bos, add_eos=add_eos
+        )
+        # All lines are checked before the first is scored.
+        lines = [_encode(encoder, record, f"{data}:{line}", model) for line, record in read_jsonl(data)]
+        batching = model.batching(micro_batch_size)
+        with _whole_file(Path(output), is_main) as file, tqdm(total=len(lines), disable=not is_main) as bar:
+            for chunk in _chunks(lines):
+                prompts, responses = zip(*chunk, strict=True)
+                for logps in response_logps(model.gpt, prompts, responses, batching, bar.update):
+                    values = logps.double().tolist()
+                    scored = {"logp": sum(values), "num_tokens": len(values), "token_logps": values}
+                    if file is not None:
+                        file.write(json.dumps(scored) + "\n")
+    finally:
+        setup.shutdown()
+
+
+def _encode(
+    encoder: RecordEncoder, record: dict, where: str, model: MegatronGPTSPINModel
+) -> tuple[Sequence[int], Sequence[int]]:
+    prompt_ids, response_ids = encoder.encode(record, where)
+    length, limit = len(prompt_ids) + len(response_ids), model.architecture.max_sequence_length
+    if length > limit:
+        raise DataError(f"{where}: prompt and response have {length} tokens, the model takes {limit}: shorten the line.")
+    return prompt_ids, response_ids
+
+
+def _chunks(lines: Sequence) -> Iterator[list]:
+    iterator = iter(lines)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _check_paths(data: str, output: str) -> None:
+    if not Path(data).is_file():
+        raise DataError(f"There is no file {data}: give the JSONL file to score as --data.")
+    if Path(output).is_dir() or not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output {output} cannot be written: name a file in a directory that exists.")
+
+
+@contextmanager
+def _whole_file(path: Path, is_main: bool) -> Iterator[IO[str] | None]:
+    """A file that appears under its name when all has been written; None on processes other than the main one."""
+    if not is_main:
+        yield None
+        return
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another --output.") from None
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,136 @@
+"""Small training runs through the trainer, on a model with a tokenizer that is made on the spot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from selfplay import SelfPlay, examples
+from toy import fill_deterministically
+
+from nemo_spin.config import config_dir, parse_config
+from nemo_spin.data.dataset import load_dataset
+from nemo_spin.model import MegatronGPTSPINModel
+from nemo_spin.reporting import Reporter
+from nemo_spin.trainer import SPINTrainer
+
+
+def make_tokenizer(path: Path) -> Path:
+    """A sentencepiece model of 28 pieces; 0, 1 and 2 are unknown, begin and end."""
+    import sentencepiece
+
+    text = path.with_suffix(".txt")
+    text.write_text("\n".join(f"{a} plus {b} makes {a + b} in all" for a in range(20) for b in range(20)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(path.with_suffix("")), vocab_size=60, minloglevel=2, hard_vocab_limit=False
+    )
+    return path.with_suffix(".model")
+
+
+def make_checkpoint(directory: str, hidden_size: int = 32, num_layers: int = 4) -> str:
+    """A `.nemo` with deterministic random weights, written by this process group."""
+    config = {
+        "mcore_gpt": True,
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "encoder_seq_length": 64,
+        "max_position_embeddings": 64,
+        "normalization": "rmsnorm",
+        "activation": "fast-swiglu",
+        "bias": False,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+        "make_vocab_size_divisible_by": 8,
+        "precision": "32",
+        "tokenizer": {
+            "library": "sentencepiece",
+            "model": str(make_tokenizer(Path(directory) / "tokenizer")),
+            "sentencepiece_legacy": False,
+        },
+    }
+    model = MegatronGPTSPINModel(OmegaConf.create(config))
+    fill_deterministically(model.gpt)
+    path = Path(directory) / "sft.nemo"
+    model.save_to(path)
+    return str(path)
+
+
+def make_data(directory: str, count: int = 24) -> str:
+    path = Path(directory) / "train.jsonl"
+    rows = [
+        {"prompt_ids": [3 + i % 25 for i in e.prompt_ids], "response_ids": [*(3 + i % 25 for i in e.response_ids[:-1]), 2]}
+        for e in examples(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class Interrupted(Exception):
+    """Stands for the end of the process at some step."""
+
+
+class InterruptingReporter(Reporter):
+    """Keeps every step's metrics, and stops the run after a number of steps."""
+
+    def __init__(self, after: int | None) -> None:
+        super().__init__(is_main=False)
+        self.after = after
+        self.history: list[dict[str, Any]] = []
+
+    def step(self, progress: Any, epoch: int, metrics: dict[str, float], total: int) -> None:
+        self.history.append({"step": progress.step, "epoch": epoch, "loss": metrics["loss"]})
+        if self.after is not None and progress.step == self.after:
+            # Where an interval checkpoint is due at this step, it has not been written yet.
+            raise Interrupted
+
+
+def training_run(
+    checkpoint: str, data: str, run_dir: str, interrupt_after: int | None = None, resume: bool = False, **overrides: Any
+) -> dict[str, Any]:
+    """Two iterations of two epochs of three steps; returns the history and this rank's final weights."""
+    values = {
+        "pretrained_checkpoint.restore_from_path": checkpoint,
+        "model.data.train_ds.file_path": data,
+        "exp_manager.explicit_log_dir": run_dir,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": 32,
+        "trainer.devices": torch.distributed.get_world_size(),
+        "trainer.spin.max_iterations": 2,
+        "trainer.spin.max_epochs": 2,
+        "trainer.spin.save_interval": 2,
+        "model.micro_batch_size": 2,
+        "model.global_batch_size": 8,
+        "model.spin.ref_policy_kl_penalty": [0.5, 1.0],
+        "model.spin.length_params.max_length": 8,
+        "model.optim.lr": [1e-3, 5e-4],
+        "model.optim.sched.warmup_steps": 2,
+        "model.optim.sched.min_lr": 1e-5,
+    } | overrides
+    base = OmegaConf.load(config_dir() / "gpt_spin.yaml")
+    for key, value in values.items():
+        OmegaConf.update(base, key, value)
+    cfg = parse_config(OmegaConf.to_container(base, resolve=True))
+    model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=base.model)
+    model.prepare_training(cfg, context_length=64, chat=False)
+    dataset = load_dataset(data, model.tokenizer, max_seq_length=64)
+    reporter = InterruptingReporter(interrupt_after)
+    trainer = SPINTrainer(cfg, model, dataset, dataset, Path(run_dir), reporter)
+    if resume:
+        trainer.resume(trainer.checkpoints.latest())
+    try:
+        trainer.fit()
+    except Interrupted:
+        pass
+    return {"history": reporter.history, "shards": shards_of(model), "progress": trainer.progress.state_dict()}
+
+
+def shards_of(model: MegatronGPTSPINModel) -> list:
+    play = SelfPlay.__new__(SelfPlay)
+    play.gpt = model.gpt
+    return play.shards()

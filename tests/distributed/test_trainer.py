@@ -1,0 +1,131 @@
+"""Runs through the trainer: what is on disk, and that an interrupted run ends like one that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import make_checkpoint, make_data, training_run
+from selfplay import relative_distance, whole_weights
+
+
+@pytest.fixture(scope="session")
+def inputs(workers: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    directory = str(tmp_path_factory.mktemp("inputs"))
+    return workers.run(make_checkpoint, directory)[0], make_data(directory)
+
+
+def finish(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {**results[0], "weights": whole_weights([result["shards"] for result in results])}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(workers: Any, inputs: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    return finish(workers.run(training_run, *inputs, str(run_dir), tp=2)) | {"run_dir": run_dir}
+
+
+def test_the_run_is_what_it_was_configured_to_be(uninterrupted: dict[str, Any]) -> None:
+    history = uninterrupted["history"]
+    assert [h["step"] for h in history] == list(range(1, 13))
+    assert [h["epoch"] for h in history] == [0, 0, 0, 1, 1, 1] * 2
+    assert [history[i]["loss"] for i in (0, 6)] == pytest.approx([0.693147, 0.693147], abs=1e-4)
+    assert uninterrupted["progress"] == {"iteration": 2, "iteration_step": 0, "step": 12, "consumed_samples": 96}
+
+
+def test_rollouts_lie_on_disk_for_people(uninterrupted: dict[str, Any]) -> None:
+    tables = [pq.read_table(uninterrupted["run_dir"] / "rollouts" / f"iteration-{i:03d}") for i in range(2)]
+    for table in tables:
+        assert table.column("index").to_pylist() == list(range(24))
+        row = table.slice(3, 1).to_pylist()[0]
+        assert row["rejected_length"] == len(row["rejected_ids"]) <= 8
+        assert set(table.column("finish_reason").to_pylist()) <= {"stop", "length"}
+        assert all(isinstance(row[name], str) for name in ("prompt", "chosen", "rejected"))
+        assert row["ref_chosen_logps"] < 0
+    assert tables[0].column("rejected_ids") != tables[1].column("rejected_ids")
+
+
+def test_only_whole_checkpoints_of_iteration_ends_stay(uninterrupted: dict[str, Any]) -> None:
+    directory = uninterrupted["run_dir"] / "checkpoints"
+    kept = sorted(path.name for path in directory.iterdir())
+    assert kept == ["iteration-001-step-0000006", "iteration-002-step-0000012", "latest"]
+
+
+@pytest.mark.parametrize(
+    ("interrupt_after", "resumed_from"),
+    [(5, 4), (7, 6)],
+    ids=["mid-iteration", "boundary"],
+)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["same-layout", "other-layout"])
+def test_an_interrupted_run_ends_with_the_same_weights(
+    workers: Any,
+    inputs: tuple[str, str],
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+    interrupt_after: int,
+    resumed_from: int,
+    layout: dict[str, int],
+) -> None:
+    run_dir = str(tmp_path / "run")
+    first = finish(workers.run(training_run, *inputs, run_dir, interrupt_after=interrupt_after, tp=2))
+    assert first["history"] == uninterrupted["history"][:interrupt_after]
+    parallel = {
+        "model.tensor_model_parallel_size": layout.get("tp", 1),
+        "model.pipeline_model_parallel_size": layout.get("pp", 1),
+    }
+    second = finish(workers.run(training_run, *inputs, run_dir, resume=True, **layout, **parallel))
+    assert [h["step"] for h in second["history"]] == list(range(resumed_from + 1, 13))
+    if layout == {"tp": 2}:
+        assert second["history"] == uninterrupted["history"][resumed_from:]
+        for key, tensor in uninterrupted["weights"].items():
+            assert torch.equal(second["weights"][key], tensor), key
+    else:
+        losses = [h["loss"] for h in second["history"]]
+        expected = [h["loss"] for h in uninterrupted["history"][resumed_from:]]
+        assert losses == pytest.approx(expected, rel=1e-4)
+        assert relative_distance(second["weights"], uninterrupted["weights"]) < 1e-5
+
+
+def test_a_windowed_run_keeps_its_reference_over_an_interruption(
+    workers: Any, inputs: tuple[str, str], uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    windowed = {"model.spin.rollout_window": 8, "trainer.spin.save_interval": 1, "trainer.spin.max_epochs": 1}
+    whole = {"trainer.spin.max_epochs": 1}
+    one_go = finish(workers.run(training_run, *inputs, str(tmp_path / "whole"), **whole, tp=2))
+    # Interrupted after a checkpoint at which a window is still to be rolled out by a reference that is not the policy.
+    workers.run(training_run, *inputs, str(tmp_path / "run"), interrupt_after=2, **windowed, tp=2)
+    resumed = finish(workers.run(training_run, *inputs, str(tmp_path / "run"), resume=True, **windowed, tp=2))
+    assert [h["loss"] for h in resumed["history"]] == pytest.approx(
+        [h["loss"] for h in one_go["history"][1:]], rel=1e-5
+    )
+    assert relative_distance(resumed["weights"], one_go["weights"]) < 1e-6
+
+
+def resume_with_another_batch_size(checkpoint: str, data: str, run_dir: str) -> str:
+    from nemo_spin.errors import CheckpointError
+
+    try:
+        training_run(checkpoint, data, run_dir, resume=True, **{"model.global_batch_size": 4})
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_is_not_resumed_as_another_one(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
+    workers.run(training_run, *inputs, str(tmp_path), interrupt_after=3)
+    message = workers.run(resume_with_another_batch_size, *inputs, str(tmp_path))[0]
+    assert "model.global_batch_size = 8" in message
+    assert "\n" not in message
+
+
+def test_the_optimizer_can_be_carried_on(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
+    carried = {"model.spin.reset_optimizer_each_iteration": False, "model.optim.lr": 1e-3}
+    one_go = finish(workers.run(training_run, *inputs, str(tmp_path / "a"), **carried))
+    workers.run(training_run, *inputs, str(tmp_path / "b"), interrupt_after=7, **carried)
+    resumed = finish(workers.run(training_run, *inputs, str(tmp_path / "b"), resume=True, **carried))
+    assert resumed["history"] == one_go["history"][6:]
+    for key, tensor in one_go["weights"].items():
+        assert torch.equal(resumed["weights"][key], tensor), key

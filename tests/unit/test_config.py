@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_spin.config import check_overrides, config_dir, parse_config, register_resolvers
+from nemo_spin.config.keys import KEYS
+from nemo_spin.errors import ConfigError
+
+REQUIRED = {
+    "pretrained_checkpoint.restore_from_path": "sft.nemo",
+    "model.data.train_ds.file_path": "train.jsonl",
+}
+
+
+def shipped(**changes: Any) -> DictConfig:
+    """The shipped configuration with what has to be given, and changes by full key ("__" for ".")."""
+    cfg = OmegaConf.load(config_dir() / "gpt_spin.yaml")
+    for key, value in (REQUIRED | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
+
+
+@pytest.mark.parametrize("name", ["gpt_spin", "gpt_spin_tiny"])
+def test_shipped_configurations_run_as_they_are(name: str) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.1"):
+        cfg = parse_config(compose(name, [f"{key}={value}" for key, value in REQUIRED.items()]))
+    assert len(cfg.spin.ref_policy_kl_penalty) == len(cfg.optim.lr) == cfg.loop.max_iterations
+    assert cfg.validation_ds is None and cfg.tokenizer is None and cfg.encoder_seq_length is None
+    assert cfg.train_ds.prompt_template == "{input} {output}"
+    assert (cfg.parallel.world_size, cfg.parallel.data_parallel_size) == (1, 1)
+    tiny = name == "gpt_spin_tiny"
+    assert (cfg.precision, cfg.parallel.accelerator) == (("32", "cpu") if tiny else ("bf16", "auto"))
+    assert cfg.spin.sampling_params.temperature == 1.0
+
+
+def test_every_key_of_the_shipped_file_is_known_and_explained() -> None:
+    def keys(node: Any, path: str = "") -> set[str]:
+        return {f"{path}.{key}".lstrip(".") for key in node} | {
+            name for key, value in node.items() if isinstance(value, dict) for name in keys(value, f"{path}.{key}")
+        }
+
+    text = (config_dir() / "gpt_spin.yaml").read_text()
+    known = {f"{section}.{key}".lstrip(".") for section, names in KEYS.items() for key in names}
+    free = {"exp_manager.wandb_logger_kwargs.project", "exp_manager.wandb_logger_kwargs.name"}
+    assert keys(yaml.safe_load(text)) - free <= known
+    for section in ("trainer.spin", "model.spin", "model.spin.sampling_params", "model.spin.length_params"):
+        lines = {line.split(":")[0].strip(): line for line in text.splitlines() if ":" in line}
+        optional = {"add_BOS", "all_probs", "compute_logprob"}  # accepted, but there is nothing to choose
+        leaves = [key for key in KEYS[section] - optional if f"{section}.{key}" not in KEYS]
+        assert [key for key in leaves if "#" not in lines[key]] == []
+
+
+def test_a_configuration_of_nemo_aligner_is_taken_as_it_is() -> None:
+    """Its layout, with what its users leave as shipped; the values are this test's own."""
+    text = """
+    trainer: {num_nodes: 1, devices: 8, accelerator: gpu, precision: bf16-mixed, logger: false, max_time: null,
+              enable_checkpointing: false, use_distributed_sampler: false,
+              max_epochs: "${.spin.max_epochs}", max_steps: "${.spin.max_steps}",
+              spin: {max_iterations: 2, max_epochs: 1, max_steps: -1, val_check_interval: 0.1, save_interval: 50,
+                     limit_train_batches: null, limit_val_batches: 1.0, gradient_clip_val: 1.0}}
+    exp_manager: {explicit_log_dir: /r, name: n, max_time_per_run: "${trainer.max_time}", resume_if_exists: true,
+                  create_checkpoint_callback: true, checkpoint_callback_params: {monitor: val_loss, save_top_k: 3,
+                  model_parallel_size: "${multiply:${model.tensor_model_parallel_size}, 2}"}}
+    pretrained_checkpoint: {restore_from_path: /m.nemo}
+    model:
+      mcore_gpt: true
+      megatron_amp_O2: true
+      tensor_model_parallel_size: 4
+      micro_batch_size: 1
+      global_batch_size: 64
+      spin: {ref_policy_kl_penalty: [0.1, 0.5], log_prob_forward_micro_batch_size: 1, offload_adam_states: true,
+             sampling_params: {add_BOS: false, all_probs: false, compute_logprob: false, end_strings: ["<end>"]},
+             length_params: {max_length: "${int_div:${model.encoder_seq_length}, 2}", min_length: 1}}
+      optim: {name: distributed_fused_adam, bucket_cap_mb: 200, lr: 9e-6, betas: [0.9, 0.98]}
+      data:
+        chat: false
+        num_workers: 1
+        train_ds: {file_path: t.jsonl, hf_dataset: true, truncation_field: input, drop_last: true, add_sep: false}
+        validation_ds: {file_path: v.jsonl, global_batch_size: "${model.global_batch_size}"}
+    precision: ${trainer.precision}
+    """
+    cfg = parse_config(OmegaConf.create(text))
+    assert cfg.parallel.data_parallel_size == 2 and cfg.optim.distributed
+    assert cfg.spin.ref_policy_kl_penalty == (0.1, 0.5) and cfg.optim.lr == (9e-6, 9e-6)
+    assert cfg.spin.length_params.max_length == 0, "the model's context, where encoder_seq_length is not set"
+    assert cfg.loop.limit_train_batches == 1.0 and cfg.loop.val_check_interval == 0.1
+    assert cfg.validation_ds is not None and not cfg.validation_ds.shuffle
+
+
+def test_resolvers_and_plain_mappings() -> None:
+    register_resolvers()
+    cfg = shipped(model__encoder_seq_length=101)
+    cfg.model.spin.length_params.max_length = "${int_div:${model.encoder_seq_length}, 2}"
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert parse_config(plain).spin.length_params.max_length == 50
+    assert dataclasses.replace(parse_config(plain), seed=0) == dataclasses.replace(parse_config(cfg), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        # unknown keys, with the nearest known one
+        ({"trainer__spin__max_iteration": 2}, "unknown key trainer.spin.max_iteration: .*trainer.spin.max_iterations"),
+        ({"model__spin__rollout_batchsize": 2}, "rollout_batchsize: .*model.spin.rollout_batch_size"),
+        ({"model__spin__max_iterations": 2}, "did you mean trainer.spin.max_iterations"),
+        ({"model__spin__generation_batch_size": 2}, "use model.spin.rollout_batch_size"),
+        ({"model__spin__sampling_params__topk": 2}, "did you mean model.spin.sampling_params.top_k"),
+        ({"model__hidden_size": 2}, "the architecture comes from the checkpoint"),
+        ({"model__optim__sched__max_steps": 2}, "unknown key model.optim.sched.max_steps"),
+        ({"model__data__train_ds__path": "x"}, "did you mean model.data.train_ds.file_path"),
+        ({"trainer__spin": 3}, "trainer.spin = 3 must be a mapping"),
+        # known ones that ask for what is not done
+        ({"model__virtual_pipeline_model_parallel_size": 2}, "virtual_pipeline_model_parallel_size = 2 is not supp"),
+        ({"model__context_parallel_size": 2}, "context_parallel_size = 2 is not supported"),
+        ({"model__expert_model_parallel_size": 2}, "expert_model_parallel_size = 2 is not supported"),
+        ({"model__peft": {"peft_scheme": "lora"}}, "all parameters are trained"),
+        ({"trainer__max_steps": 10}, "trainer.spin.max_steps is what counts"),
+        ({"trainer__enable_checkpointing": True}, "trainer.spin.save_interval"),
+        ({"model__data__chat_prompt_tokens": {"end_of_turn": "x"}}, "chat template"),
+        ({"model__data__validation_ds__global_batch_size": 3}, "model.global_batch_size is what counts"),
+        # what is missing
+        ({"pretrained_checkpoint__restore_from_path": None}, "pretrained_checkpoint.restore_from_path is missing"),
+        ({"model__data__train_ds__file_path": "???"}, "model.data.train_ds.file_path is missing"),
+        ({"model__global_batch_size": None}, "model.global_batch_size is missing"),
+        # types and ranges
+        ({"trainer__spin__max_iterations": 0}, "max_iterations = 0: use a whole number of at least 1"),
+        ({"trainer__spin__max_epochs": 1.0}, "max_epochs = 1.0: use a whole number"),
+        ({"trainer__spin__max_epochs": True}, "max_epochs = True: use a whole number"),
+        ({"trainer__spin__max_steps": 0}, "max_steps = 0: use -1 for no limit"),
+        ({"trainer__spin__limit_train_batches": 2.0}, "limit_train_batches = 2.0: use a number of batches"),
+        ({"trainer__spin__limit_train_batches": 0}, "limit_train_batches = 0: use a number of batches of at least 1"),
+        ({"trainer__spin__val_check_interval": -1}, "val_check_interval = -1: use a number of steps"),
+        ({"trainer__spin__gradient_clip_val": math.inf}, "gradient_clip_val = inf: use a finite number"),
+        ({"trainer__precision": "16"}, "trainer.precision = '16': use bf16"),
+        ({"trainer__accelerator": "tpu"}, "trainer.accelerator = 'tpu': use one of auto, gpu, cpu"),
+        ({"trainer__devices": "auto"}, "trainer.devices = 'auto': use a whole number"),
+        ({"model__seed": -1}, "model.seed"),
+        ({"model__sequence_parallel": "yes"}, "model.sequence_parallel = 'yes': use true or false"),
+        ({"model__optim__name": "sgd"}, "model.optim.name = 'sgd': use one of adam"),
+        ({"model__optim__lr": 0.0}, "model.optim.lr = 0.0: use finite numbers above 0"),
+        ({"model__optim__lr": "9e-6"}, "model.optim.lr = '9e-6': use finite numbers"),
+        ({"model__optim__lr": 1e-7}, "model.optim.sched.min_lr = .* must not be above the learning rate"),
+        ({"model__optim__betas": [0.9, 1.0]}, "model.optim.betas"),
+        ({"model__optim__sched__name": "Step"}, "sched.name = 'Step': use one of CosineAnnealing"),
+        ({"model__data__train_ds__overlong": "cut"}, "overlong = 'cut': use one of refuse, drop"),
+        ({"model__data__train_ds__prompt_template": "{input}"}, "model.data.train_ds: .*lacks {output}"),
+        ({"model__data__train_ds__add_sep": True}, "add_sep = True: only false"),
+        ({"model__spin__sampling_params__temperature": 0}, "temperature = 0: use a finite number above 0"),
+        ({"model__spin__sampling_params__top_p": 1.5}, "top_p = 1.5: use a finite number above 0 and at most 1"),
+        ({"model__spin__sampling_params__end_strings": "x"}, "end_strings = 'x': use a list"),
+        ({"model__spin__sampling_params__add_BOS": True}, "add_BOS = True: only false"),
+        ({"model__activations_checkpoint_granularity": "some"}, "use one of selective, full"),
+        ({"exp_manager__resume_if_exists": "maybe"}, "exp_manager.resume_if_exists = 'maybe'"),
+        # beta: positive, finite, and as many as there are iterations
+        ({"model__spin__ref_policy_kl_penalty": None}, "ref_policy_kl_penalty is missing"),
+        ({"model__spin__ref_policy_kl_penalty": 0.0}, "ref_policy_kl_penalty = 0.0: use finite numbers above 0"),
+        ({"model__spin__ref_policy_kl_penalty": math.nan}, "ref_policy_kl_penalty = nan: use finite numbers"),
+        ({"model__spin__ref_policy_kl_penalty": [1.0, 1.0, -1.0]}, "use finite numbers above 0"),
+        ({"model__spin__ref_policy_kl_penalty": [0.1, 0.2]}, "it has 2 values for trainer.spin.max_iterations = 3"),
+        ({"model__spin__ref_policy_kl_penalty": [0.1] * 4}, "it has 4 values for trainer.spin.max_iterations = 3"),
+        ({"model__optim__lr": [1e-5]}, "it has 1 values for trainer.spin.max_iterations = 3"),
+        # what has to fit together
+        ({"model__micro_batch_size": 3}, "global_batch_size = 64 is not divisible by micro_batch_size 3"),
+        ({"trainer__devices": 3}, "not divisible by micro_batch_size 1 x data-parallel size 3: use a multiple of 3"),
+        (
+            {"trainer__devices": 6, "model__tensor_model_parallel_size": 2, "model__pipeline_model_parallel_size": 2},
+            "6 processes cannot be laid out as .* 2 x .* 2: use a multiple of 4",
+        ),
+        ({"model__spin__rollout_window": 65}, "use null or a multiple of model.global_batch_size = 64"),
+        (
+            {"model__spin__sampling_params__use_greedy": True, "model__spin__sampling_params__top_k": 5},
+            "top_k = 5: it contradicts use_greedy",
+        ),
+        (
+            {"model__spin__length_params__max_length": 5, "model__spin__length_params__min_length": 6},
+            "min_length = 6: it must not be above max_length = 5",
+        ),
+        ({"model__spin__length_params__max_length": "${no.such}"}, "length_params.max_length cannot be resolved"),
+    ],
+    ids=str,
+)
+def test_refused_in_one_sentence(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as refusal:
+        parse_config(shipped(**changes))
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_normalised() -> None:
+    cfg = parse_config(
+        shipped(
+            trainer__spin__limit_val_batches=-1,
+            model__sequence_parallel=True,
+            model__activations_checkpoint_granularity="full",
+            model__tokenizer__type="/tok",
+            model__optim__sched__name="cosineannealing",
+            model__spin__rollout_window=128,
+            trainer__precision="fp32",
+        )
+    )
+    assert cfg.loop.limit_val_batches == 1.0
+    assert cfg.parallel.sequence_parallel is False, "without tensor parallelism there is nothing to split"
+    assert dataclasses.astuple(cfg.recompute) == ("full", "uniform", 1)
+    assert cfg.tokenizer is not None and cfg.tokenizer.type == "/tok"
+    assert cfg.optim.sched.name == "CosineAnnealing"
+    assert cfg.spin.rollout_window == 128
+    assert cfg.precision == "32"
+
+
+def test_overrides_are_checked_before_hydra() -> None:
+    check_overrides(
+        [
+            "trainer.spin.max_iterations=2",
+            "+model.spin.sampling_params.add_BOS=false",
+            "~model.tokenizer",
+            "exp_manager.wandb_logger_kwargs.entity=me",
+            "model.mcore_gpt=True",
+            "model.data.chat_prompt_tokens.end_of_turn=x",
+            "hydra.verbose=true",
+            "+experiment=mine",
+            "--config-name=gpt_spin_tiny",
+            "no_equals_sign",
+        ]
+    )
+    for override, hint in {
+        "trainer.spin.max_iteration=2": "trainer.spin.max_iterations",
+        "++model.spin.rollout_windows=2": "model.spin.rollout_window",
+        "~model.spin.length_params.max_len": "model.spin.length_params.max_length",
+        "trainer.spins.max_steps=1": "trainer.spin",
+        "modle.spin.x=1": "model",
+    }.items():
+        with pytest.raises(ConfigError, match=f"unknown key .*{hint}"):
+            check_overrides(["trainer.devices=1", override])
+
+
+def test_the_configuration_is_found_in_the_source_tree() -> None:
+    assert config_dir() == Path(__file__).resolve().parents[2] / "conf"

@@ -1,0 +1,101 @@
+"""Imports go only down (see FLOORS): what a floor must not know, its files do not import, not even in a function."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "nemo_spin"
+NEMO = {"nemo", "lightning", "pytorch_lightning"}
+MEGATRON = {"megatron", "transformer_engine", "apex"}
+PARALLELISM = {"torch.distributed", "megatron"}
+
+# Files and directories of the package, by floor; a new one has to be given its place here.
+FLOORS: tuple[frozenset[str], ...] = tuple(
+    frozenset(names.split())
+    for names in (
+        "__init__.py errors.py losses.py pairs.py progress.py config data",
+        "megatron generation checkpoint reference.py rollouts.py",
+        "model.py trainer.py tokenizers.py archive.py reporting.py",
+        "run.py score.py launch.py cli.py quiet.py",
+    )
+)
+FORBIDDEN = (NEMO | MEGATRON, NEMO, set(), set())
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def floor_of(name: str) -> int:
+    """Floor of a file or a subpackage directly below nemo_spin."""
+    floors = [floor for floor, names in enumerate(FLOORS) if {name, f"{name}.py"} & names]
+    assert len(floors) == 1, f"{name} has no place in FLOORS"
+    return floors[0]
+
+
+def imports_of(path: Path, at_run_time_only: bool = False) -> set[str]:
+    """Dotted names that a file imports: `from a import b` counts as a.b."""
+    found: set[str] = set()
+    for node in ast.walk(_without_type_checking(ast.parse(path.read_text()), at_run_time_only)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where they go"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _without_type_checking(tree: ast.Module, remove: bool) -> ast.Module:
+    if remove:
+        tree.body = [
+            node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ]
+    return tree
+
+
+def begins_with(name: str, prefixes: set[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    floor = floor_of(path.relative_to(PACKAGE).parts[0])
+    for name in imports_of(path):
+        assert not begins_with(name, FORBIDDEN[floor]), f"floor {floor} must not know {name}"
+    for name in imports_of(path, at_run_time_only=True):
+        if name.startswith("nemo_spin."):
+            above = name.split(".")[1]
+            if f"{above}.py" not in {p.name for p in PACKAGE.iterdir()} | {f"{p.name}.py" for p in PACKAGE.iterdir()}:
+                continue  # an attribute of the package, such as __version__
+            assert floor_of(above) <= floor, f"floor {floor} imports {name} from above"
+
+
+def test_the_story_knows_no_ranks() -> None:
+    trainer = PACKAGE / "trainer.py"
+    assert not [name for name in imports_of(trainer) if begins_with(name, PARALLELISM)]
+    words = {node.id for node in ast.walk(ast.parse(trainer.read_text())) if isinstance(node, ast.Name)}
+    words |= {node.attr for node in ast.walk(ast.parse(trainer.read_text())) if isinstance(node, ast.Attribute)}
+    assert not words & {"rank", "get_rank", "parallel_state", "world_size", "is_pipeline_last_stage"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import nemo_spin",
+        "import nemo_spin.losses, nemo_spin.pairs, nemo_spin.config, nemo_spin.data",
+        "import nemo_spin.cli",
+    ],
+)
+def test_the_lower_floor_loads_neither_nemo_nor_megatron(statement: str) -> None:
+    report = "import sys; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    output = subprocess.run(
+        [sys.executable, "-c", f"{statement}; {report}"],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert not set(ast.literal_eval(output)) & (NEMO | MEGATRON)

@@ -1,0 +1,136 @@
+"""Tokenizers made on the spot, as a checkpoint would describe them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription, from_nemo1, from_nemo2, override
+from nemo_spin.errors import CheckpointError, ConfigError, DataError
+from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+AUTO = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
+
+
+def write_huggingface(directory: Path, chat_template: str | None = TEMPLATE) -> Path:
+    words = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", "one", "two", "three"])}
+    model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_sentencepiece(file: Path) -> Path:
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["one two three four five six"] * 20),
+        model_writer=trained,
+        vocab_size=30,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    file.write_bytes(trained.getvalue())
+    return file
+
+
+def test_huggingface_from_a_nemo2_context(tmp_path: Path) -> None:
+    write_huggingface(tmp_path / "nemo_tokenizer")
+    (tmp_path / "nemo_tokenizer" / "model.safetensors").write_bytes(b"no tokenizer")
+    description = from_nemo2(
+        {"_target_": AUTO, "pretrained_model_name": "nemo_tokenizer", "additional_special_tokens": ["<new>"]}, "it"
+    )
+    tokenizer = build_tokenizer(description, tmp_path)
+    assert tokenizer.encode("one two </s> four") == [3, 4, 2, 0]
+    assert tokenizer.decode([3, 2, 4]) == "one </s> two"
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (7, 1, 2, 2)
+    assert (tokenizer.id_of("<new>"), tokenizer.id_of("three"), tokenizer.id_of("one two")) == (6, 5, None)
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.render_chat(messages, add_generation_prompt=True) == "<user>hi<assistant>"
+    with pytest.raises(DataError, match="no tools"):
+        tokenizer.render_chat([{"role": "tool", "content": "x"}], add_generation_prompt=False)
+    check_tokenizer_fits(tokenizer, 7, "it")
+    with pytest.raises(CheckpointError, match="7 ids, but the embedding of it has 6 rows"):
+        check_tokenizer_fits(tokenizer, 6, "it")
+
+    archive = tmp_path / "archive"
+    node = tokenizer.save(archive)
+    assert not (archive / "tokenizer" / "model.safetensors").exists()
+    again = build_tokenizer(from_nemo1({"tokenizer": node}, "archive"), archive)
+    assert again.encode("one <new>") == tokenizer.encode("one <new>") == [3, 6]
+    assert again.render_chat(messages, add_generation_prompt=False) == "<user>hi"
+
+
+def test_sentencepiece_from_a_nemo1_archive(tmp_path: Path) -> None:
+    write_sentencepiece(tmp_path / "abc_tokenizer.model")
+    node = {"library": "sentencepiece", "model": "nemo:abc_tokenizer.model", "sentencepiece_legacy": True}
+    plain = build_tokenizer(from_nemo1({"tokenizer": node}, "it"), tmp_path)
+    assert plain.decode(plain.encode("one six")) == "one six"
+    assert not plain.space_sensitive
+    # Legacy mode knows no roles of its own: they are the model's.
+    assert (plain.bos_id, plain.eos_id, plain.pad_id) == (1, 2, 2)
+    assert (plain.id_of("</s>"), plain.id_of("no piece")) == (2, None)
+    with pytest.raises(DataError, match="chat template"):
+        plain.render_chat([], add_generation_prompt=True)
+
+    added = build_tokenizer(from_nemo1({"tokenizer": node | {"special_tokens": ["<extra>"]}}, "it"), tmp_path)
+    assert added.vocab_size == plain.vocab_size + 1
+    assert added.encode("one<extra>")[-1] == added.id_of("<extra>") == plain.vocab_size
+
+    again_node = added.save(tmp_path / "archive")
+    again = build_tokenizer(from_nemo1({"tokenizer": again_node}, "it"), tmp_path / "archive")
+    assert again.encode("six<extra>one") == added.encode("six<extra>one")
+
+
+def test_an_override_takes_local_files(tmp_path: Path) -> None:
+    write_huggingface(tmp_path / "hf", chat_template=None)
+    by_type = override(None, str(tmp_path / "hf"), None)
+    assert build_tokenizer(by_type).encode("three") == [5]
+    with pytest.raises(DataError, match="no chat template"):
+        build_tokenizer(by_type).render_chat([], add_generation_prompt=True)
+    by_model = override(None, None, str(write_sentencepiece(tmp_path / "x.model")))
+    assert build_tokenizer(by_model).eos_id == 2
+    assert override(None, None, None) is None
+    with pytest.raises(ConfigError, match=r"model\.tokenizer\.type"):
+        override("huggingface", None, None)
+
+
+@pytest.mark.parametrize(
+    ("description", "words"),
+    [
+        (None, "model.tokenizer.type="),
+        (TokenizerDescription("tiktoken", "x", "it"), "tiktoken"),
+        (TokenizerDescription("megatron", "GPT2BPETokenizer", "it"), "megatron"),
+        (TokenizerDescription("huggingface", None, "it"), "model.tokenizer.type="),
+        (TokenizerDescription("huggingface", "/nowhere/at/all", "it"), "/nowhere/at/all, which is not there"),
+        (TokenizerDescription("huggingface", "nobody/no-such-tokenizer", "it"), "by name only"),
+        (TokenizerDescription("sentencepiece", "nemo:gone.model", "it"), "nemo:gone.model, which is not there"),
+    ],
+)
+def test_tokenizers_that_are_not_at_hand(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, description: TokenizerDescription | None, words: str
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError) as error:
+        build_tokenizer(description, tmp_path)
+    assert words in str(error.value)
+    assert "model.tokenizer." in str(error.value)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    model = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no end-of-sequence token"):
+        build_tokenizer(override(None, str(tmp_path), None))
