@@ -1,10 +1,10 @@
-"""Training and decoding speed beside transformers, and the memory of a SPIN step beside an SFT step.
+"""Training and decoding speed beside transformers, and the memory of a SPIN step beside that of an SFT step.
 
     python benchmarks/speed.py [--json] [--threads 2] [--rounds 7]
 
 On the CPU, in one process, in fp32, with a Llama of about 8 million parameters that has the same weights on both sides.
 The two sides of a line take turns, because other work on the machine slows both: a ratio is the median over the rounds
-of one round's ratio, a figure the median over the rounds.
+of the ratio within a round, a figure the median over the rounds.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 warnings.filterwarnings("ignore")
@@ -28,21 +27,24 @@ warnings.filterwarnings("ignore")
 import memory
 import torch
 import workload
+from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import LlamaForCausalLM
 
 from nemo_spin.generation.engine import GenerationRequest
 from nemo_spin.megatron import setup, steps
+from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.pairs import Example, Pair
 
 REQUESTS = 32
+EVEN = (workload.RESPONSE_TOKENS,)
 # Most answers are short, a few are long.
-SKEWED = (96, 12, 24, 16, 32, 8, 20, 48)
+SKEWED = (12, 24, 16, workload.RESPONSE_TOKENS, 32, 8, 20, 48)
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Line:
-    """One comparison. bar: what the ratio, measured / against, should be at least (rates) or at most (memory)."""
+    """A comparison. bar: what the ratio should be, at least where more is better (rates), else at most (memory)."""
 
     what: str
     unit: str
@@ -50,33 +52,173 @@ class Line:
     against: float
     ratio: float
     bar: float | None
-    higher_is_better: bool = True
+    more_is_better: bool
 
-    @property
-    def verdict(self) -> str:
-        if self.bar is None:
-            return ""
-        met = self.ratio >= self.bar if self.higher_is_better else self.ratio <= self.bar
-        return f"{'>=' if self.higher_is_better else '<='} {self.bar:g} {'met' if met else 'MISSED'}"
+    def __str__(self) -> str:
+        verdict = ""
+        if self.bar is not None:
+            met = self.ratio >= self.bar if self.more_is_better else self.ratio <= self.bar
+            verdict = f"{'>=' if self.more_is_better else '<='} {self.bar:g} {'met' if met else 'MISSED'}"
+        figures = f"{self.measured:>10,.1f} {self.against:>10,.1f} {self.ratio:>7.2f}"
+        return f"{self.what:<56} {self.unit:<8} {figures}  {verdict}"
 
 
-def rates(tokens: int, ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Tokens per second of both, called in turns after one call each to warm up."""
+def rates(
+    what: str, tokens: int, ours: Callable[[], object], other: Callable[[], object], rounds: int, bar: float | None
+) -> Line:
+    """Tokens per second of two functions that process as many tokens, after a call of each to warm up."""
 
     def seconds(function: Callable[[], object]) -> float:
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
 
-    ours(), theirs()
-    pairs = []
-    for i in range(rounds):
-        if i % 2:
-            pairs.append((seconds(ours), seconds(theirs)))
-        else:
-            pairs.append((seconds(ours), seconds(theirs))[::1])
-    return {
-        "measured": statistics.median(tokens / a for a, _ in pairs),
-        "against": statistics.median(tokens / b for _, b in pairs),
-        "ratio": statistics.median(b / a for a, b in pairs),
-    }
+    ours(), other()
+    taken = [(seconds(ours), seconds(other)) for _ in range(rounds)]
+    return Line(
+        what,
+        "tokens/s",
+        measured=statistics.median(tokens / first for first, _ in taken),
+        against=statistics.median(tokens / second for _, second in taken),
+        ratio=statistics.median(second / first for first, second in taken),
+        bar=bar,
+        more_is_better=True,
+    )
+
+
+class TransformersTraining:
+    """The usual loop around a model of transformers: forward, backward, clipping and AdamW in its fused variant."""
+
+    def __init__(self, model: LlamaForCausalLM, examples: list[Example]) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=workload.LEARNING_RATE,
+            betas=workload.BETAS,
+            eps=workload.EPS,
+            weight_decay=workload.WEIGHT_DECAY,
+            fused=True,
+        )
+        self.tokens = torch.tensor([example.prompt_ids + example.response_ids for example in examples])
+        self.labels = self.tokens.clone()
+        self.labels[:, : workload.PROMPT_TOKENS] = -100
+
+    def step(self) -> float:
+        self.model.train()
+        self.optimizer.zero_grad()
+        loss = self.model(self.tokens, labels=self.labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), workload.CLIP)
+        self.optimizer.step()
+        return loss.item()
+
+
+def training(optimizer: Optimizer, llama: LlamaForCausalLM, rounds: int) -> Line:
+    examples = workload.examples(workload.SEQUENCES)
+    theirs = TransformersTraining(llama, examples)
+
+    def ours() -> float:
+        return steps.sft_step(optimizer, examples, workload.batching(workload.SEQUENCES))["loss"]
+
+    first, second = ours(), theirs.step()
+    if abs(first - second) > 1e-4 * second:
+        raise SystemExit(f"The two models are not the same: their first losses are {first} and {second}.")
+    return rates("SFT step, against transformers", theirs.tokens.numel(), ours, theirs.step, rounds, bar=0.9)
+
+
+def self_play(optimizer: Optimizer, rounds: int) -> Line:
+    """Pairs with responses of different lengths, against the same sequences as examples of one SFT micro-batch."""
+    pairs = [
+        Pair(example, workload.random_ids(workload.RESPONSE_TOKENS - 16 * i, 1000 + i), "length", -500.0, -500.0)
+        for i, example in enumerate(workload.examples(workload.SEQUENCES // 2))
+    ]
+    examples = workload.as_sft(pairs)
+    tokens = sum(len(example.prompt_ids) + len(example.response_ids) for example in examples)
+
+    def spin() -> object:
+        return steps.spin_step(optimizer, pairs, 0.1, workload.batching(len(pairs)))
+
+    def sft() -> object:
+        return steps.sft_step(optimizer, examples, workload.batching(len(examples)))
+
+    return rates("SPIN step, against our SFT step on the same tokens", tokens, spin, sft, rounds, bar=None)
+
+
+def decoding(
+    gpt: GPTModel, llama: LlamaForCausalLM, batch: int, shape: str, pattern: tuple[int, ...], rounds: int
+) -> Line:
+    """As many rows at a time on both sides, at temperature 1. A batch of transformers takes as long as its longest row,
+    and its shorter rows are then cut; only the tokens asked for are counted.
+
+    pattern: the number of tokens of each response, repeated over the prompts.
+    """
+    prompts = [workload.random_ids(workload.PROMPT_TOKENS, i) for i in range(REQUESTS)]
+    lengths = [pattern[i % len(pattern)] for i in range(REQUESTS)]
+    requests = [GenerationRequest(i, ids, n) for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))]
+    generator = workload.generator(gpt, slots=batch)
+    llama.eval()
+
+    def ours() -> None:
+        responses = generator.generate(requests, iteration=0)
+        assert sum(len(response.ids) for response in responses) == sum(lengths)
+
+    def theirs() -> None:
+        for start in range(0, REQUESTS, batch):
+            tokens = torch.tensor(prompts[start : start + batch])
+            longest = max(lengths[start : start + batch])
+            mask = torch.ones_like(tokens)
+            ids = llama.generate(tokens, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=longest)
+            assert ids.shape[1] == tokens.shape[1] + longest
+
+    what = f"decoding, batch {batch}, {shape} lengths, against transformers"
+    return rates(what, sum(lengths), ours, theirs, rounds, bar=0.9)
+
+
+def step_memory(threads: int) -> Iterator[Line]:
+    spin, sft = (memory.in_new_process(step, threads) for step in ("spin", "sft"))
+    for kind, name in (("rss", "resident"), ("allocated", "allocated by torch")):
+        what = f"peak of a SPIN step, against our SFT step: {name}"
+        yield Line(what, "MiB", spin[kind] / MIB, sft[kind] / MIB, spin[kind] / sft[kind], 1.1, more_is_better=False)
+    what = "peak of an iteration's rollouts, against our SFT step"
+    rollouts = spin["rollouts_rss"]
+    yield Line(what, "MiB", rollouts / MIB, sft["rss"] / MIB, rollouts / sft["rss"], None, more_is_better=False)
+
+
+def lines(threads: int, rounds: int) -> Iterator[Line]:
+    # First, while this process is small and idle.
+    yield from step_memory(threads)
+    torch.manual_seed(0)
+    setup.initialize(1, 1, seed=1)
+    gpt, optimizer = workload.policy(steps=1000)
+    llama = workload.in_transformers(workload.llama(), gpt)
+    yield training(optimizer, llama, rounds)
+    yield self_play(optimizer, rounds)
+    for batch in (8, 32):
+        yield decoding(gpt, llama, batch, "equal", EVEN, rounds)
+        yield decoding(gpt, llama, batch, "skewed", SKEWED, rounds)
+    setup.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    packages = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
+    software = {"python": platform.python_version()} | packages
+    if not arguments.json:
+        print(", ".join(f"{name} {number}" for name, number in software.items()) + f", {arguments.threads} threads")
+        print(f"{'':<56} {'':<8} {'measured':>10} {'against':>10} {'ratio':>7}  bar", flush=True)
+    found = []
+    for line in lines(arguments.threads, arguments.rounds):
+        found.append(line)
+        if not arguments.json:
+            print(line, flush=True)
+    if arguments.json:
+        print(json.dumps({"software": software, "threads": arguments.threads, "lines": [asdict(x) for x in found]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,9 @@
 """Reading and writing the model's `.nemo` through NeMo's SaveRestoreConnector.
 
-    model_config.yaml     the architecture in NeMo 1's names, the tokenizer, and `target`, this package's model class
-    model_weights/        torch_dist, for every parallel layout
-    model_weights.ckpt    an empty state_dict: NeMo's own connector asks for the file; the model reads the sharded weights
-    tokenizer files
+model_config.yaml     the architecture in NeMo 1's names, the tokenizer, and `target`, this package's model class
+model_weights/        torch_dist, for every parallel layout
+model_weights.ckpt    an empty state_dict, which NeMo's own connector asks for; the model reads model_weights/
+tokenizer files
 """
 
 from __future__ import annotations

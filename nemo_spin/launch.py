@@ -159,7 +159,7 @@ def _first_failure(failed: Exception) -> int:
     """Exit code of the process that failed first; prints what it could not print itself."""
     failures = sorted(failed.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
     for _, failure in failures:
-        if failure.exitcode == EXIT_CODE and failure.error_file != "<N/A>":
+        if failure.error_file != "<N/A>":  # only `_report` writes one; the exit code may be that of a crash at exit
             print(f"error: {failure.message}", file=sys.stderr, flush=True)
             return EXIT_CODE
     # those that the launcher ended because of the first

@@ -264,4 +264,3 @@ def restore_tokenizer(source: CheckpointSource, overriding: Mapping[str, Any] | 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
     """TransformerEngine keeps fp8 statistics there, which belong to a layout and are not used."""
     return {name: shard for name, shard in state.items() if not name.endswith("_extra_state")}
-

@@ -92,7 +92,7 @@ class Reporter:
                 for finished in bars.values():
                     finished.close()
                 bars[phase] = tqdm(total=totals[phase], desc=f"iteration {iteration}: {phase}")
-            bars[phase].update(count)
+            bars[phase].update(min(count, totals[phase] - bars[phase].n))
 
         try:
             yield advance

@@ -71,22 +71,24 @@ def roll_out(
 
     Every process passes the same examples; data-parallel replicas share the work, and every process gets every
     rollout, in the order of the examples. max_new_tokens: the budget of each response, further limited by what its
-    prompt leaves of the context. progress: told the phase ("generating" or "scoring") and how many more are done.
+    prompt leaves of the context. progress: told the phase ("generating" or "scoring") and how many more sequences are
+    done, on all replicas if they are as fast as this one.
     """
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
     def phase(name: str) -> Callable[[int], None] | None:
-        return None if progress is None else lambda count: progress(name, count)
+        return None if progress is None else lambda count: progress(name, count * size)
 
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     own = examples[rank::size]
     requests = [GenerationRequest(e.index, e.prompt_ids, max_new_tokens) for e in own]
     responses = generator.generate(requests, iteration, phase("generating"))
     prompts = [example.prompt_ids for example in own]
-    chosen_and_rejected = [e.response_ids for e in own] + [response.ids for response in responses]
-    logps = [float(t.double().sum()) for t in response_logps(gpt, prompts * 2, chosen_and_rejected, batching, phase("scoring"))]
+    both = [example.response_ids for example in own] + [response.ids for response in responses]
+    logps = [float(t.double().sum()) for t in response_logps(gpt, prompts * 2, both, batching, phase("scoring"))]
+    chosen_logps, rejected_logps = logps[: len(own)], logps[len(own) :]
     rollouts = [
         Rollout(example.index, array("i", response.ids), response.finish_reason, chosen, rejected)
-        for example, response, chosen, rejected in zip(own, responses, logps[: len(own)], logps[len(own) :], strict=True)
+        for example, response, chosen, rejected in zip(own, responses, chosen_logps, rejected_logps, strict=True)
     ]
     shares: list[list[Rollout]] = [[]] * size
     dist.all_gather_object(shares, rollouts, group=parallel_state.get_data_parallel_group())

@@ -163,7 +163,8 @@ def _start_experiment(cfg: DictConfig, run_dir: Path) -> list[Any]:
 
     # Resuming and checkpoints are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
     ours = ("resume_if_exists", "resume_ignore_no_checkpoint", "resume_from_checkpoint", "checkpoint_callback_params")
-    options = {key: value for key, value in OmegaConf.to_container(cfg.exp_manager, resolve=True).items() if key not in ours}
+    options = OmegaConf.to_container(cfg.exp_manager, resolve=True)
+    options = {key: value for key, value in options.items() if key not in ours}
     options |= {"explicit_log_dir": str(run_dir), "exp_dir": None, "create_checkpoint_callback": False}
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
     exp_manager(trainer, OmegaConf.create(options))

@@ -76,7 +76,7 @@ def _encode(
     prompt_ids, response_ids = encoder.encode(record, where)
     length, limit = len(prompt_ids) + len(response_ids), model.architecture.max_sequence_length
     if length > limit:
-        raise DataError(f"{where}: prompt and response have {length} tokens, the model takes {limit}: shorten the line.")
+        raise DataError(f"{where}: prompt and response have {length} tokens, the model takes {limit}: shorten them.")
     return prompt_ids, response_ids
 
 

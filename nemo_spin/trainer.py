@@ -209,13 +209,12 @@ class SPINTrainer:
 
     def _start_schedule(self) -> None:
         done = self.progress.iteration_step
-        reset = self.cfg.spin.reset_optimizer
-        self.model.start_schedule(
-            lr=self.cfg.optim.lr[self.progress.iteration],
-            total_steps=done + self._steps_left_in_iteration() if reset else self.progress.step + self._steps_left_in_run(),
-            steps_done=done if reset else self.progress.step,
-            fresh=reset and done == 0,
-        )
+        lr = self.cfg.optim.lr[self.progress.iteration]
+        if self.cfg.spin.reset_optimizer:
+            self.model.start_schedule(lr, done + self._steps_left_in_iteration(), done, fresh=done == 0)
+        else:
+            done_in_run = self.progress.step
+            self.model.start_schedule(lr, done_in_run + self._steps_left_in_run(), done_in_run, fresh=False)
 
     def _is_due(self, interval: int | float) -> bool:
         """Whether an interval, in steps or as a fraction of an epoch, ends with this step; 0 and below never do."""

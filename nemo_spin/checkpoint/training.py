@@ -150,7 +150,7 @@ class TrainingCheckpoints:
         try:
             stored = json.loads((path / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path / 'state.json'} cannot be read ({error}): choose another checkpoint.") from None
+            raise CheckpointError(f"{path}/state.json cannot be read ({error}): choose another checkpoint.") from None
         if stored.get("format") != _FORMAT:
             raise CheckpointError(f"{path} has format {stored.get('format')}; this version reads format {_FORMAT}.")
         return stored

@@ -125,4 +125,3 @@ def build_gpt(
         seq_len_interpolation_factor=architecture.seq_len_interpolation_factor,
     )
     return model.to(device())
-

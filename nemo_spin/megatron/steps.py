@@ -7,7 +7,7 @@ ranks and the padding of an incomplete batch change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,6 +25,9 @@ from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.pairs import Example, Pair, TokenBatch, collate
 
 T = TypeVar("T")
+
+# In one pass through the pipeline: enough to keep its stages busy, few enough to hold their log-probabilities.
+_MICRO_BATCHES_AT_A_TIME = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,18 +176,18 @@ def response_logps(
     gpt.eval()
     # Sorted by length, so that sequences are padded to about their own length.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    size = batching.micro_batch_size
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    micro_batches: list[MicroBatch[None]] = [
-        MicroBatch(batching.collate([prompts[i] for i in group], [responses[i] for i in group]), None)
-        for group in groups
-    ]
-    if not micro_batches:
-        return []
-    values = forward.run(
-        gpt, micro_batches, objective, batching.vocab_size, forward_only=True, progress=progress
-    )
     logps: dict[int, Tensor] = {}
-    for group, micro_batch, value in zip(groups, micro_batches, values, strict=True):
-        logps.update(zip(group, of_each_response(value["logps"], micro_batch.sequences), strict=True))
+    for chunk in _slices(order, batching.micro_batch_size * _MICRO_BATCHES_AT_A_TIME):
+        groups = list(_slices(chunk, batching.micro_batch_size))
+        micro_batches: list[MicroBatch[None]] = [
+            MicroBatch(batching.collate([prompts[i] for i in group], [responses[i] for i in group]), None)
+            for group in groups
+        ]
+        values = forward.run(gpt, micro_batches, objective, batching.vocab_size, forward_only=True, progress=progress)
+        for group, micro_batch, value in zip(groups, micro_batches, values, strict=True):
+            logps.update(zip(group, of_each_response(value["logps"], micro_batch.sequences), strict=True))
     return [logps[i] for i in range(len(prompts))]
+
+
+def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

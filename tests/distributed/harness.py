@@ -47,7 +47,7 @@ def _work(tasks: Any, results: Any) -> None:
 
 
 class Workers:
-    """A pool of processes, one per rank. Slow to start (megatron-core's import), so shared by the whole test session."""
+    """A pool of processes, one per rank: slow to start (megatron-core's import), so shared by the test session."""
 
     def __init__(self, timeout: float = 300.0) -> None:
         self.timeout = timeout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,17 @@ def make_checkpoint(directory: str, hidden_size: int = 32, num_layers: int = 4) 
 def make_data(directory: str, count: int = 24) -> str:
     path = Path(directory) / "train.jsonl"
     rows = [
-        {"prompt_ids": [3 + i % 25 for i in e.prompt_ids], "response_ids": [*(3 + i % 25 for i in e.response_ids[:-1]), 2]}
+        {
+            "prompt_ids": [3 + i % 25 for i in e.prompt_ids],
+            "response_ids": [*(3 + i % 25 for i in e.response_ids[:-1]), 2],
+        }
         for e in examples(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Stands for the end of the process at some step."""
 
 
@@ -87,7 +91,7 @@ class InterruptingReporter(Reporter):
         self.history.append({"step": progress.step, "epoch": epoch, "loss": metrics["loss"]})
         if self.after is not None and progress.step == self.after:
             # Where an interval checkpoint is due at this step, it has not been written yet.
-            raise Interrupted
+            raise InterruptedRunError
 
 
 def training_run(
@@ -123,10 +127,8 @@ def training_run(
     trainer = SPINTrainer(cfg, model, dataset, dataset, Path(run_dir), reporter)
     if resume:
         trainer.resume(trainer.checkpoints.latest())
-    try:
+    with suppress(InterruptedRunError):
         trainer.fit()
-    except Interrupted:
-        pass
     return {"history": reporter.history, "shards": shards_of(model), "progress": trainer.progress.state_dict()}
 
 

@@ -112,6 +112,24 @@ def test_genuine_checkpoints_give_their_ground_truth(workers: Workers, name: str
 
 
 @genuine
+def test_the_zarr_layout_is_refused() -> None:
+    with (
+        pytest.raises(CheckpointError, match="re-save it as torch_dist"),
+        open_checkpoint(CHECKPOINTS / "nemo1_llama_sp_zarr.nemo"),
+    ):
+        pass
+
+
+@genuine
+def test_genuine_configurations_survive_being_rewritten() -> None:
+    for name in ("nemo2_llama", "nemo2_sft", "nemo2_gpt2", "nemo1_llama_sp.nemo"):
+        with open_checkpoint(CHECKPOINTS / name) as source:
+            found = source.architecture(372)
+            config = nemo1.to_nemo1_config(found, "32")
+            assert nemo1.architecture_from_nemo1(config, source.tensors, None, "it") == found
+
+
+@genuine
 def test_an_unpacked_nemo_directory_and_bf16(workers: Workers, tmp_path: Path) -> None:
     nemo_archive.unpack(CHECKPOINTS / "nemo1_llama_sp.nemo", tmp_path)
     truth = CHECKPOINTS / "gt_nemo1_llama_sp.pt"
@@ -120,13 +138,12 @@ def test_an_unpacked_nemo_directory_and_bf16(workers: Workers, tmp_path: Path) -
     assert 1e-4 < max(workers.run(load_and_compare, tmp_path, truth, "bf16", tp=2)) < 0.1
 
 
-def save_filled(architecture: Architecture, directory: Path, ids: Tensor, metadata: dict | None = None) -> Any:
+def save_filled(architecture: Architecture, directory: Path, ids: Tensor, one_by_one: bool = False) -> Any:
     model = build_gpt(architecture, "32")
     fill_deterministically(model)
-    if metadata:
-        sharded_state_dict = model.sharded_state_dict
-        model.sharded_state_dict = lambda prefix, metadata: sharded_state_dict(prefix=prefix, metadata=one_by_one)
-        one_by_one = metadata
+    if one_by_one:
+        plain, layers_apart = model.sharded_state_dict, {"non_homogeneous_layers": True}
+        model.sharded_state_dict = lambda prefix, metadata: plain(prefix=prefix, metadata=layers_apart)
     save_weights(model, directory, architecture.vocab_rows)
     found = logits(model, ids)
     return None if found is None else found[..., : architecture.vocab_rows]
@@ -170,8 +187,8 @@ def test_saved_weights_come_back_at_another_layout(workers: Workers, tmp_path: P
 
 def test_layers_stored_one_by_one_and_other_files_in_common_pt(workers: Workers, tmp_path: Path) -> None:
     ids = torch.arange(20).reshape(2, 10)
-    one_by_one = {"non_homogeneous_layers": True}
-    saved = last(workers.run(save_filled, toy_architecture(), tmp_path, ids, one_by_one, tp=1, pp=2))
+    saved = last(workers.run(save_filled, toy_architecture(), tmp_path, ids, one_by_one=True, tp=1, pp=2))
+    assert "decoder.layers.3.mlp.linear_fc1.weight" in read_stored_tensors(tmp_path, "model.", "it")
     # What training runs leave in common.pt does not load with weights_only.
     torch.save({"trainer": {"path": Path("x"), "spec": shutil.copy}}, tmp_path / "common.pt")
     loaded = last(workers.run(load_saved, toy_architecture(), tmp_path, ids, tp=2, pp=1))

@@ -13,7 +13,6 @@ from toy import to_transformers
 from nemo_spin.losses import LN_2
 from nemo_spin.megatron import steps
 
-
 # ---------------------------------------------------------------------------------------- against fp64
 
 

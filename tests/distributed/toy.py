@@ -198,6 +198,8 @@ def _gpt2(architecture: Architecture, state: dict[str, Tensor]) -> PreTrainedMod
                 "mlp.c_proj": state[f"{mlp}.linear_fc2.{kind}"],
             }
             # GPT-2's Conv1D stores the transpose of a Linear's weight.
-            weights |= {f"{theirs}.{name}.{kind}": value.T if kind == "weight" else value for name, value in linears.items()}
+            weights |= {
+                f"{theirs}.{name}.{kind}": value.T if kind == "weight" else value for name, value in linears.items()
+            }
     gpt2.load_state_dict(weights, strict=True)
     return gpt2

@@ -38,15 +38,17 @@ def work():
     import torch
     import torch.distributed as dist
     dist.init_process_group("gloo")
-    total = torch.tensor([rank + 1])
-    dist.all_reduce(total)
-    if rank == 1 and mode == "one_user":
-        raise DataError("only rank 1 knows.")
-    if rank == 1 and mode == "bug":
-        raise ValueError("a bug")
-    dist.barrier()
-    print("sum", int(total), os.environ["OMP_NUM_THREADS"], flush=True)
-    dist.destroy_process_group()
+    try:
+        total = torch.tensor([rank + 1])
+        dist.all_reduce(total)
+        if rank == 1 and mode == "one_user":
+            raise DataError("only rank 1 knows.")
+        if rank == 1 and mode == "bug":
+            raise ValueError("a bug")
+        dist.barrier()
+        print("sum", int(total), os.environ["OMP_NUM_THREADS"], flush=True)
+    finally:
+        dist.destroy_process_group()
 
 sys.exit(guarded(lambda: run(ParallelConfig(1, 2, 1, 1, False, "cpu"), work, check)))
 """

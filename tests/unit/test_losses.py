@@ -49,7 +49,7 @@ def first_step(**changes: float) -> dict[str, float]:
 def test_first_step_of_an_iteration_has_to_be_ln_2() -> None:
     check_policy_equals_reference(first_step(), 0.1, "32")
     check_policy_equals_reference(first_step(**{"rewards/chosen": 0.1 * 0.2}), 0.1, "bf16")
-    # One stop token missing from the mask of both responses: margin 0 and loss ln 2, but not the same log-probabilities.
+    # A stop token missing from both masks: margin 0 and loss ln 2, but not the reference's log-probabilities.
     both_shifted = {"rewards/chosen": 0.1 * 0.5, "rewards/rejected": 0.1 * 0.5}
     for wrong in (both_shifted, {"loss": 0.68}, {"loss": float("nan")}):
         with pytest.raises(UserError, match=r"has to be ln 2"):
