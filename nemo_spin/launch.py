@@ -24,9 +24,10 @@ from nemo_spin.errors import EXIT_CODE, ConfigError, UserError
 INTERRUPTED = 128 + 2  # what a shell reports of a process that Ctrl-C has ended
 
 _STARTED_HERE = "NEMO_SPIN_STARTED_BY_LAUNCHER"
-# Long enough for the launcher to see a failed process and end the others: those that fail because a peer has gone
-# stay silent, and what remains to be read is the cause.
-_SECONDS_BEFORE_TRACEBACK = 1.0
+# What communication raises when a peer has failed. Such a process stays silent until the launcher ends it, so that what
+# remains to be read is the cause; only if nothing happens does it speak.
+_LOST_PEER = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
+_SECONDS_OF_SILENCE = 10.0
 
 
 def run(parallel: ParallelConfig, work: Callable[[], object], preflight: Callable[[], object] | None = None) -> int:
@@ -71,9 +72,9 @@ def guarded(function: Callable[[], int | None]) -> int:
         return EXIT_CODE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:
-        if _STARTED_HERE in os.environ:
-            time.sleep(_SECONDS_BEFORE_TRACEBACK)
+    except RuntimeError as error:
+        if _STARTED_HERE in os.environ and _LOST_PEER.search(str(error)):
+            time.sleep(_SECONDS_OF_SILENCE)
         raise
 
 

@@ -160,7 +160,7 @@ def _nemo2_source(path: Path, root: Path) -> CheckpointSource:
     description = root / "context" / "model.yaml"
     if not description.is_file():
         raise CheckpointError(
-            f"{path} holds no context/model.yaml: it is incomplete, or from the first NeMo 2.0, which did not write it; "
+            f"{path} holds no context/model.yaml: it is incomplete, or from the first NeMo 2.0, which wrote none; "
             "re-save it with NeMo 2.1 or later."
         )
     weights = root / "weights" if (root / "weights").is_dir() else root

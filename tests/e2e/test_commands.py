@@ -1,0 +1,109 @@
+"""The commands as a person types them: train on two processes, go on, score; and what a mistake looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+
+MAKE_INPUTS = """
+import sys
+from nemo_spin.megatron import setup
+from runs import make_checkpoint, make_data
+setup.initialize(1, 1, seed=1)
+print(make_checkpoint(sys.argv[1]))
+make_data(sys.argv[1])
+"""
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(REPO), str(REPO / "tests" / "distributed")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("inputs")
+    made = run("-c", MAKE_INPUTS, str(directory), cwd=directory)
+    assert made.returncode == 0, made.stderr
+    return directory
+
+
+def train(inputs: Path, run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        str(REPO / "examples" / "train_gpt_spin.py"),
+        "--config-name=gpt_spin_tiny",
+        f"pretrained_checkpoint.restore_from_path={inputs}/sft.nemo",
+        f"model.data.train_ds.file_path={inputs}/train.jsonl",
+        f"model.data.validation_ds.file_path={inputs}/train.jsonl",
+        f"exp_manager.explicit_log_dir={run_dir}",
+        "model.spin.length_params.max_length=8",
+        "model.global_batch_size=8",
+        *overrides,
+        cwd=run_dir.parent,
+    )
+
+
+def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    layout = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
+    first = train(inputs, run_dir, *layout, "trainer.spin.max_iterations=1")
+    assert first.returncode == 0, first.stderr
+    nemo = run_dir / "checkpoints" / "megatron_gpt_spin_tiny.nemo"
+    assert "iteration 0" in first.stderr
+    assert f"Saved {nemo}" in first.stderr
+    assert list(run_dir.glob("events.out.tfevents.*"))
+    assert not [path for path in run_dir.rglob("*unfinished*")]
+
+    second = train(inputs, run_dir, "trainer.devices=2", "model.pipeline_model_parallel_size=2")
+    assert second.returncode == 0, second.stderr
+    assert "Resumed from" in second.stderr
+    assert json.loads((run_dir / "checkpoints" / "iteration-002-step-0000006" / "state.json").read_text())
+
+    data, output = tmp_path / "data.jsonl", tmp_path / "scores.jsonl"
+    rows = [{"input": "4 plus 5", "output": "makes 9"}, {"prompt_ids": [5, 6], "response_ids": [7, 8, 2]}] * 2
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = {}
+    for layout_options in (("--tp", "1"), ("--tp", "2")):
+        done = run(
+            "-m", "nemo_spin.cli", "score", "--checkpoint", str(nemo), "--data", str(data), "--output", str(output),
+            "--micro-batch-size", "2", *layout_options, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        scored[layout_options] = [json.loads(line) for line in output.read_text().splitlines()]
+    one, two = scored.values()
+    assert [row["num_tokens"] for row in one] == [one[0]["num_tokens"], 3] * 2
+    assert one[0] == pytest.approx(one[2], rel=1e-5)
+    for a, b in zip(one, two, strict=True):
+        assert sum(a["token_logps"]) == pytest.approx(a["logp"])
+        torch.testing.assert_close(torch.tensor(a["token_logps"]), torch.tensor(b["token_logps"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.spin.max_iteration=1"], "trainer.spin.max_iterations"),
+        (["trainer.devices=2", "model.data.train_ds.file_path=none.jsonl"], "none.jsonl"),
+    ],
+    ids=["mistyped key", "missing file"],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    inputs: Path, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    failed = train(inputs, tmp_path / "run", *overrides)
+    assert failed.returncode == 2, failed.stderr
+    sentences = [line for line in failed.stderr.splitlines() if line.startswith("error:")]
+    assert len(sentences) == 1
+    assert words in sentences[0]
+    assert "Traceback" not in failed.stderr
+    assert not list(tmp_path.iterdir())
