@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py [--json] [--threads 2] [--rounds 7]
 
-On the CPU, in one process, in fp32, with a Llama of about 8 million parameters that has the same weights on both sides.
+On the CPU, in one process, in fp32, with a Llama of 8 million parameters that has the same weights on both sides.
 The two sides of a line take turns, because other work on the machine slows both: a ratio is the median over the rounds
-of the ratio within a round, a figure the median over the rounds.
+of the ratio within a round, a figure the median over the rounds. The load of the machine is printed: where it is not
+near 0 before the start, threads wait for each other, and no figure means much.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-warnings.filterwarnings("ignore")
+# Threads that wait for others would spin, and so keep them from running where the machine has other work: figures were
+# seen to fall to a tenth.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import nemo_spin.quiet  # noqa: F401, I001
 
 import memory
 import torch
@@ -208,8 +211,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     packages = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
     software = {"python": platform.python_version()} | packages
+    load = os.getloadavg()[0]
     if not arguments.json:
-        print(", ".join(f"{name} {number}" for name, number in software.items()) + f", {arguments.threads} threads")
+        print(", ".join(f"{name} {number}" for name, number in software.items()))
+        print(f"{arguments.threads} threads, {arguments.rounds} rounds, load average {load:.1f} before the start\n")
         print(f"{'':<56} {'':<8} {'measured':>10} {'against':>10} {'ratio':>7}  bar", flush=True)
     found = []
     for line in lines(arguments.threads, arguments.rounds):
@@ -217,7 +222,7 @@ def main() -> None:
         if not arguments.json:
             print(line, flush=True)
     if arguments.json:
-        print(json.dumps({"software": software, "threads": arguments.threads, "lines": [asdict(x) for x in found]}))
+        print(json.dumps({"software": software, **vars(arguments), "load": load, "lines": [asdict(x) for x in found]}))
 
 
 if __name__ == "__main__":

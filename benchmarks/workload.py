@@ -1,4 +1,4 @@
-"""What the benchmarks run: a Llama of about 8 million parameters, the same one in transformers, and token ids for both."""
+"""What the benchmarks run: a Llama of 8 million parameters, the same one in transformers, and token ids for both."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _SECONDS_OF_SILENCE = 10.0
 def run(parallel: ParallelConfig, work: Callable[[], object], preflight: Callable[[], object] | None = None) -> int:
     """Do `work` in each of a run's processes, starting them if need be. Returns the exit code for this process.
 
-    preflight: checks that are made before any process is started; under torchrun and srun each process makes them.
+    preflight: the checks with which `work` begins, to be made here once before processes are started.
 
     Raises ConfigError when processes and configuration do not fit, and what `work` and `preflight` raise.
     """
@@ -45,10 +45,10 @@ def run(parallel: ParallelConfig, work: Callable[[], object], preflight: Callabl
                 "start it on each of them with torchrun, or on all with srun, one process per device."
             )
         _check_devices(parallel)
-        if preflight is not None:
-            preflight()
         hide_gpus = parallel.accelerator == "cpu" and _cuda_is_available()
         if parallel.world_size > 1 or hide_gpus:
+            if preflight is not None:
+                preflight()
             return run_distributed(parallel.world_size, sys.orig_argv[1:], hide_gpus)
     else:
         _check_world_size(parallel)
@@ -57,8 +57,6 @@ def run(parallel: ParallelConfig, work: Callable[[], object], preflight: Callabl
             raise ConfigError(
                 "the accelerator is cpu, but the processes see GPUs: start them with an empty CUDA_VISIBLE_DEVICES."
             )
-        if preflight is not None and _STARTED_HERE not in os.environ:
-            preflight()
     work()
     return 0
 

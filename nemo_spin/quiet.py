@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import warnings
 
-# megatron-core without TransformerEngine, and hydra on its version_base
-warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+# megatron-core without TransformerEngine, hydra on its version_base
+warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
+warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core, of its own default
 warnings.filterwarnings("ignore", category=UserWarning, module=r"hydra\._internal")
 
 for _name in (

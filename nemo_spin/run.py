@@ -47,7 +47,7 @@ def preflight(cfg: DictConfig) -> Inputs:
 
     Raises UserError for the first thing that cannot be used.
     """
-    spin = parse_config(OmegaConf.to_container(cfg, resolve=True))
+    spin = parse_config(cfg)
     run_dir = _run_dir(cfg)
     resume_from = _checkpoint_to_resume(cfg, run_dir)
     with open_checkpoint(spin.restore_from_path) as source:
@@ -87,7 +87,7 @@ def _load(cfg: DatasetConfig, tokenizer: TextTokenizer, context_length: int) -> 
 
 
 def train(cfg: DictConfig) -> Path | None:
-    """Run self-play training in this process, one of those that were started for it.
+    """Run self-play training in this process, one of those that were started for it; begins with `preflight`.
 
     Returns the path of the resulting `.nemo`, or None if none was asked for.
     """

@@ -91,7 +91,9 @@ class CachedAttention(torch.nn.Module):
         self.cache, self.core_attention, self.softmax_scale = cache, core_attention, softmax_scale
         self.keys = self.values = torch.empty(0)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] of this tensor-parallel rank -> [s, b, heads * d]."""
         cache = self.cache
         if cache.prefilling:

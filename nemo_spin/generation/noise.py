@@ -31,9 +31,9 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _shift_right(x: Tensor, bits: int, width: int) -> Tensor:
+def _shift_right(x: Tensor, bits: int, width: int, out: Tensor | None = None) -> Tensor:
     """Logical shift: torch's own fills with the sign."""
-    return (x >> bits).bitwise_and_((1 << (width - bits)) - 1)
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (width - bits)) - 1)
 
 
 def _mix_tensor(x: Tensor) -> Tensor:
@@ -71,14 +71,15 @@ def gumbel(keys: Tensor, codes: Tensor) -> Tensor:
 
     keys: [b] int64, from `token_keys`. codes: [v] int32, from `vocabulary_codes`. Returns [b, v] float32, finite.
     """
-    # 32-bit integers in place: the largest tensor of sampling, and its cost on a CPU. The two multipliers and shifts
-    # are Ellis's lowbias32; the second half of the key enters between them, so that all 64 bits of it count.
+    # 32-bit integers in place: the largest tensors of sampling, and most of its cost. Both halves of the key enter
+    # before the two rounds of Ellis's lowbias32; the product between them keeps them from cancelling each other.
     high, low = (keys >> 32).to(torch.int32), (keys << 32 >> 32).to(torch.int32)
-    x = codes[None, :] ^ low[:, None]
-    x.bitwise_xor_(_shift_right(x, 16, 32)).mul_(0x7FEB352D).bitwise_xor_(high[:, None])
-    x.bitwise_xor_(_shift_right(x, 15, 32)).mul_(_signed(0x846CA68B, 32))
+    x = (codes[None, :] ^ low[:, None]).mul_(_signed(0x9E3779B1, 32)).bitwise_xor_(high[:, None])
+    shifted = torch.empty_like(x)
+    x.bitwise_xor_(_shift_right(x, 16, 32, out=shifted)).mul_(0x7FEB352D)
+    x.bitwise_xor_(_shift_right(x, 15, 32, out=shifted)).mul_(_signed(0x846CA68B, 32))
     # The sign-filling shift cancels the sign: 31 uniform bits remain, exact in float32 where they are small, which is
     # where the winners are. The factor is a little below 2^-31, so that the uniform number stays below 1.
-    x.bitwise_xor_(x >> 16)
-    minus_uniform = x.to(torch.float32).mul_(-(1 - 2**-23) * 2**-31).sub_(2**-32)
+    x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=shifted))
+    minus_uniform = torch.mul(x, -(1 - 2**-23) * 2**-31, out=shifted.view(torch.float32)).sub_(2**-32)
     return minus_uniform.log1p_().neg_().log_().neg_()

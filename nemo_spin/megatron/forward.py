@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nemo_spin.megatron.logprobs import per_token_logps
+from nemo_spin.megatron.logprobs import next_tokens, per_token_logps, vocab_padding_masked
 from nemo_spin.pairs import TokenBatch
 
 T = TypeVar("T")
@@ -61,27 +61,28 @@ def run(
         micro_batch = next(iterator)
         sequences = micro_batch.sequences.to(device)
         positions = torch.arange(sequences.tokens.shape[1], device=device).expand_as(sequences.tokens)
-        output = model(sequences.tokens, positions, None)
+        output = model(sequences.tokens, positions, None, labels=next_tokens(sequences))
         if progress is not None:
             progress(sequences.tokens.shape[0])
 
-        def loss_func(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, values = objective(micro_batch, per_token_logps(logits, sequences, vocab_size))
+        def loss_func(next_token_nll: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, values = objective(micro_batch, per_token_logps(next_token_nll, sequences))
             # The schedule divides by the number of micro-batches, in place; the objective has its own denominator.
             return loss * count, values
 
         return output, loss_func
 
     longest = max(micro_batch.sequences.tokens.shape[1] for micro_batch in micro_batches)
-    values = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[model],
-        num_microbatches=count,
-        seq_length=longest,
-        micro_batch_size=micro_batches[0].sequences.tokens.shape[0],
-        forward_only=forward_only,
-    )
+    with vocab_padding_masked(model, vocab_size):
+        values = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[model],
+            num_microbatches=count,
+            seq_length=longest,
+            micro_batch_size=micro_batches[0].sequences.tokens.shape[0],
+            forward_only=forward_only,
+        )
     return from_last_stage(values)
 
 

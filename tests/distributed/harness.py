@@ -10,10 +10,12 @@ import itertools
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def _work(tasks: Any, results: Any) -> None:
+    os.setsid()  # its own group: what megatron-core starts beside it can be ended with it
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
     import warnings
@@ -89,6 +92,8 @@ class Workers:
 
     def stop(self) -> None:
         for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
         self._processes, self._tasks = [], []

@@ -224,27 +224,38 @@ def test_a_rollout_depends_on_its_sample_only(workers: Any) -> None:
 
 def gradients_of_the_parts() -> dict[str, float]:
     """|gradient| of the log-probability with respect to the logits, at prompt, response, stop token and padding."""
-    from nemo_spin.megatron.logprobs import per_token_logps
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from nemo_spin.megatron.logprobs import mask_vocab_padding, next_tokens, per_token_logps
     from nemo_spin.pairs import collate
 
     batch = collate([(1, 2, 3), (4,)], [(5, 6, 7), (8, 7)], pad_id=7)
     logits = torch.randn(2, 6, 16, requires_grad=True)
-    per_token_logps(logits * 1.0, batch, vocab_size=16).sum().backward()
+    masked = mask_vocab_padding(logits * 1.0, vocab_size=12)
+    logps = per_token_logps(vocab_parallel_cross_entropy(masked, next_tokens(batch)), batch)
+    logps.sum().backward()
     touched = (logits.grad.abs().sum(-1) > 0).int().tolist()
-    masked = per_token_logps(torch.randn(2, 6, 16), batch, vocab_size=12)
-    return {"touched": touched, "shape": tuple(masked.shape), "finite": bool(masked.isfinite().all())}
+    return {
+        "touched": touched,
+        "padding": float(logits.grad[..., 12:].abs().max()),
+        "shape": tuple(logps.shape),
+        "finite": bool(logps.isfinite().all() and logits.grad.isfinite().all()),
+    }
 
 
 def test_the_stop_token_gets_gradient_and_no_prompt_token_does(workers: Any) -> None:
     (result,) = workers.run(gradients_of_the_parts)
     # Position t of the logits predicts token t + 1: responses at tokens 3..5 and 1..2 are predicted one earlier.
     assert result["touched"] == [[0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
+    assert result["padding"] == 0.0
     assert result["shape"] == (2, 5)
     assert result["finite"]
 
 
 def padded_vocabulary() -> torch.Tensor:
-    from nemo_spin.megatron.logprobs import per_token_logps
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from nemo_spin.megatron.logprobs import mask_vocab_padding, next_tokens, per_token_logps
     from nemo_spin.pairs import collate
 
     batch = collate([(1, 2)], [(3, 4)], pad_id=0)
@@ -256,10 +267,61 @@ def padded_vocabulary() -> torch.Tensor:
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     own = logits.chunk(size, dim=-1)[rank].contiguous()
     expected = logits[0, :, :13].log_softmax(-1)
-    return per_token_logps(own, batch, 13)[0, 1:] - torch.stack([expected[1, 3], expected[2, 4]])
+    nll = vocab_parallel_cross_entropy(mask_vocab_padding(own, 13), next_tokens(batch))
+    return per_token_logps(nll, batch)[0, 1:] - torch.stack([expected[1, 3], expected[2, 4]])
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_padding_of_the_vocabulary_is_outside_the_softmax(workers: Any, tp: int) -> None:
     for difference in workers.run(padded_vocabulary, tp=tp):
         assert difference.abs().max() < 1e-5
+
+
+# ---------------------------------------------------------------------------------------- optimizer
+
+
+def learning_rates(total_steps: int, warmup_steps: int, style: str) -> list[float]:
+    from nemo_spin.config import SchedConfig
+
+    sched = SchedConfig(name=style, warmup_steps=warmup_steps, constant_steps=2, min_lr=1e-4)
+    play = SelfPlay(sched=sched)
+    data = examples()
+    pairs = as_pairs(data, play.roll_out(data, 0))
+    play.optimizer.start(1e-3, total_steps)
+    return [play.step(pairs)["lr"] for _ in range(total_steps)]
+
+
+def test_the_learning_rate_follows_its_schedule(workers: Any) -> None:
+    (rates,) = workers.run(learning_rates, 12, 2, "CosineAnnealing")
+    decay = [1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * k / 8)) for k in range(9)]
+    assert rates == pytest.approx([5e-4, *decay, 1e-4, 1e-4])
+    (rates,) = workers.run(learning_rates, 4, 0, "LinearAnnealing")
+    assert rates == pytest.approx([1e-3, 5.5e-4, 1e-4, 1e-4])
+    # A warm-up that is longer than the iteration is cut so that its last step has the peak.
+    (rates,) = workers.run(learning_rates, 3, 10, "Constant")
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+def a_step_after(steps_before: int, fresh: bool) -> list:
+    """The update that a step makes from the toy's initial weights, with an optimizer that has done others before."""
+    play = SelfPlay(weight_decay=0.0)
+    data = examples()
+    pairs = as_pairs(data, play.roll_out(data, 0))
+    initial = [p.detach().clone() for p in play.gpt.parameters()]
+    play.optimizer.start(1e-3, 100)
+    for _ in range(steps_before):
+        play.step(pairs)
+    with torch.no_grad():
+        for parameter, value in zip(play.gpt.parameters(), initial, strict=True):
+            parameter.copy_(value)
+    play.optimizer.start(1e-3, 100, fresh=fresh)
+    play.step(pairs)
+    return play.shards()
+
+
+def test_a_fresh_optimizer_has_forgotten_what_it_did(workers: Any) -> None:
+    new = whole_weights(workers.run(a_step_after, 0, True))
+    reset = whole_weights(workers.run(a_step_after, 3, True))
+    carried_on = whole_weights(workers.run(a_step_after, 3, False))
+    assert relative_distance(reset, new) == 0.0
+    assert relative_distance(carried_on, new) > 1e-5

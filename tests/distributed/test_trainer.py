@@ -129,3 +129,37 @@ def test_the_optimizer_can_be_carried_on(workers: Any, inputs: tuple[str, str], 
     assert resumed["history"] == one_go["history"][6:]
     for key, tensor in one_go["weights"].items():
         assert torch.equal(resumed["weights"][key], tensor), key
+
+
+def a_run_whose_rollouts_are_wrong(checkpoint: str, data: str, run_dir: str) -> str:
+    import dataclasses
+
+    from nemo_spin.errors import UserError
+    from nemo_spin.model import MegatronGPTSPINModel
+
+    right = MegatronGPTSPINModel.roll_out
+
+    def wrong(*args: Any) -> list:
+        # As if the stop token were missing from the mask of chosen and rejected alike: the margin hardly shows it.
+        return [
+            dataclasses.replace(
+                rollout,
+                ref_chosen_logps=rollout.ref_chosen_logps + 0.3,
+                ref_rejected_logps=rollout.ref_rejected_logps + 0.3,
+            )
+            for rollout in right(*args)
+        ]
+
+    MegatronGPTSPINModel.roll_out = wrong
+    try:
+        training_run(checkpoint, data, run_dir)
+    except UserError as error:
+        return str(error)
+    finally:
+        MegatronGPTSPINModel.roll_out = right
+    return ""
+
+
+def test_a_first_step_that_is_not_ln_2_stops_the_run(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
+    (message,) = workers.run(a_run_whose_rollouts_are_wrong, *inputs, str(tmp_path))
+    assert "has to be ln 2" in message
