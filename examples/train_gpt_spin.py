@@ -13,18 +13,23 @@ All keys are explained in conf/gpt_spin.yaml. `nemo-spin train` is the same comm
 
 # ruff: noqa: I001 - nemo_spin first: it silences what NeMo's import says about itself
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING
 
 from nemo_spin.cli import run_hydra, run_training
 
-from nemo.core.config import hydra_runner
-from omegaconf import DictConfig
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
-@hydra_runner(config_path="../conf", config_name="gpt_spin")
 def main(cfg: DictConfig) -> None:
     run_training(cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(run_hydra(main, sys.argv))
+    # Not at the top: NeMo takes seconds to import, and what megatron-core starts to write checkpoints imports this file.
+    from nemo.core.config import hydra_runner
+
+    sys.exit(run_hydra(hydra_runner(config_path="../conf", config_name="gpt_spin")(main), sys.argv))

@@ -61,8 +61,7 @@ class Stage:
 
     def _receive(self, length: int, batch: int, device: torch.device) -> Tensor:
         config = self.model.config
-        dtype = torch.float32 if config.fp32_residual_connection else config.params_dtype
-        hidden = torch.empty(length, batch, config.hidden_size, dtype=dtype, device=device)
+        hidden = torch.empty(length, batch, config.hidden_size, dtype=config.pipeline_dtype, device=device)
         source = parallel_state.get_pipeline_model_parallel_prev_rank()
         dist.recv(hidden, source, group=parallel_state.get_pipeline_model_parallel_group())
         return hidden

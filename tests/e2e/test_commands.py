@@ -83,7 +83,7 @@ def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
         scored[layout_options] = [json.loads(line) for line in output.read_text().splitlines()]
     one, two = scored.values()
     assert [row["num_tokens"] for row in one] == [one[0]["num_tokens"], 3] * 2
-    assert one[0] == pytest.approx(one[2], rel=1e-5)
+    assert one[0]["token_logps"] == pytest.approx(one[2]["token_logps"], rel=1e-5)
     for a, b in zip(one, two, strict=True):
         assert sum(a["token_logps"]) == pytest.approx(a["logp"])
         torch.testing.assert_close(torch.tensor(a["token_logps"]), torch.tensor(b["token_logps"]), rtol=1e-4, atol=1e-5)
