@@ -115,8 +115,9 @@ class Generator:
         seen = None
         if self._stage.samples and self._sampler.needs_seen_tokens:
             seen = SeenTokens(slots, self._sampler.vocab_size, self._device)
+        # Before `generating`, because megatron-core keeps them for training.
+        angles = self._rotary_angles(capacity)
         with generating(self._model), kv_cache(self._model, slots, capacity) as cache:
-            angles = self._rotary_angles(cache.capacity)
             while not schedule.done:
                 admitted = schedule.admit()
                 if admitted:

@@ -16,6 +16,7 @@ from toy import fill_deterministically, gpt2_architecture, to_transformers, toy_
 from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.config import SamplingParams
 from nemo_spin.errors import DataError, UserError
+from nemo_spin.generation.cache import round_up
 from nemo_spin.generation.engine import GenerationRequest, Generator, Response
 from nemo_spin.megatron.gpt import build_gpt
 
@@ -284,9 +285,19 @@ def training_goes_on() -> list[Response]:
     model.train()
     model.decoder.layers[1].eval()
     before, modules = flags(model), list(model.modules())
-    responses = make_generator(model, LLAMA, SAMPLED).generate(REQUESTS, 0)
+    inside: set[tuple[bool, bool]] = set()
+
+    def watch(ids: Sequence[int]) -> bool:
+        inside.add((any(module.training for module in modules), torch.is_grad_enabled()))
+        return False
+
+    responses = make_generator(model, LLAMA, SAMPLED, should_stop=watch).generate(REQUESTS, 0)
+    assert inside == {(False, False)}
     assert flags(model) == before
     assert list(model.modules()) == modules
+    # megatron-core keeps the angles that it was asked for, and autograd cannot save an inference tensor.
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in REQUESTS)
+    assert not any(model.rotary_pos_emb(length).is_inference() for length in (longest, round_up(longest)))
     first = gradients(model)
     with pytest.raises(RuntimeError, match="stop it"):
         make_generator(model, LLAMA, SAMPLED, should_stop=fail).generate(REQUESTS, 0)
