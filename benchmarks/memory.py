@@ -25,9 +25,11 @@ def in_new_process(step: str, threads: int) -> dict[str, int]:
     """Measure the "sft" or the "spin" step."""
     # With fixed thresholds glibc gives freed tensors back at once: what is resident is what is used.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment = os.environ | allocator | {"KINETO_LOG_LEVEL": "5"}
     command = [sys.executable, __file__, step, "--threads", str(threads)]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    done = subprocess.run(command, env=os.environ | allocator, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"The {step} step failed:\n{done.stderr}")
+    return json.loads(done.stdout)
 
 
 def resident(field: str) -> int:

@@ -11,8 +11,6 @@ It starts its own processes when none were started for it, and runs as well unde
 All keys are explained in conf/gpt_spin.yaml. `nemo-spin train` is the same command.
 """
 
-# ruff: noqa: I001 - nemo_spin first: it silences what NeMo's import says about itself
-
 from __future__ import annotations
 
 import sys
@@ -29,7 +27,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    # Not at the top: NeMo takes seconds to import, and what megatron-core starts to write checkpoints imports this file.
+    # Not at the top: NeMo takes seconds to import, and megatron-core's checkpoint writers import this file again.
     from nemo.core.config import hydra_runner
 
     sys.exit(run_hydra(hydra_runner(config_path="../conf", config_name="gpt_spin")(main), sys.argv))

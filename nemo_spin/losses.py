@@ -80,7 +80,7 @@ def check_policy_equals_reference(metrics: dict[str, float], beta: float, precis
     raise UserError(
         "At the first step of an iteration policy and reference are the same, so the loss has to be ln 2 = "
         f"{LN_2:.4f}; it is {metrics['loss']:.4f}, and the log-probabilities of chosen and rejected responses differ "
-        f"from the reference's by {shifts['chosen']:+.4f} and {shifts['rejected']:+.4f} nats (allowed: {allowed:.4f}). The "
-        "rollouts were made by other weights or read with another mask: remove the run's rollouts and start the "
+        f"from the reference's by {shifts['chosen']:+.4f} and {shifts['rejected']:+.4f} nats (allowed: {allowed:.4f}). "
+        "The rollouts were made by other weights or read with another mask: remove the run's rollouts and start the "
         "iteration again; if it stays, please report it."
     )

@@ -1,10 +1,8 @@
 """Held-out figures of the SFT model, of the policy after each SPIN iteration, and of further SFT on the same data.
 
-    python examples/quickstart/compare.py DIRECTORY SEED LR     reads what run.py, sft.py and `nemo-spin train` left
-                                                                there, writes DIRECTORY/figures.json
-
-LR: SPIN's learning rate. Checkpoints know nothing of the layout that they were written in, so that one process can
-read those of a run with tensor and pipeline parallelism.
+Run as compare.py DIRECTORY SEED LR, LR being SPIN's learning rate: reads what run.py, sft.py and `nemo-spin train` left
+there, and writes DIRECTORY/figures.json. Checkpoints know nothing of the layout that they were written in, so one
+process can read those of a run with tensor and pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -137,9 +135,6 @@ def measure_all(directory: Path, seed: int, spin_lr: float) -> list[Figures]:
 
 def main() -> None:
     directory, seed, lr = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    from sft import use_few_threads
-
-    use_few_threads()
     figures = [asdict(row) for row in measure_all(directory, seed, lr)]
     (directory / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
 

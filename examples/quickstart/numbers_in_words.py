@@ -1,8 +1,8 @@
 """The task: writing a number in words. "4012 =" is answered by "four thousand twelve".
 
-Careless people have answered for all kinds of numbers: in 45% of their answers one word is wrong or said twice. Careful
-people made no mistakes, but had time for numbers below a thousand only. What is wanted are answers as careful as theirs
-for the numbers that they never came to.
+Two kinds of people have answered. Careless ones wrote most of the data: in 45% of their answers one word is wrong or
+said twice. Careful ones made no mistakes, but wrote less. A model that has learned from careless people makes their
+mistakes, and its own samples show it: that is what SPIN learns from.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 WORDS = [*ONES, *TEENS, *TENS, "hundred", "thousand"]
 EOS, UNKNOWN = "<eos>", "<unk>"
 
-CARELESS, HELD_OUT = 7500, 500
+CARELESS, CAREFUL, HELD_OUT = 7500, 2000, 500
 MISTAKES = 0.45
 
 
@@ -52,16 +52,14 @@ def in_words_carelessly(number: int, generator: random.Random) -> list[str]:
 def write_data(directory: Path) -> None:
     """Write careless.jsonl (for SFT), careful.jsonl (for SPIN) and held_out.jsonl, in NeMo's SFT format.
 
-    careless: 7,500 numbers of up to four digits. careful: all numbers below 1,000. held_out: 500 numbers from 1,000 on
-    that are in neither, with correct answers. The same files are written every time.
+    No number is in two of the files; held_out's answers are right. The same files are written every time.
     """
     generator = random.Random("numbers in words")
-    small, large = range(1000), range(1000, 10_000)
-    held_out = generator.sample(large, HELD_OUT)
-    careless = generator.sample(sorted({*small, *large} - set(held_out)), CARELESS)
+    numbers = generator.sample(range(10_000), CARELESS + CAREFUL + HELD_OUT)
+    careless, careful = numbers[:CARELESS], numbers[CARELESS : CARELESS + CAREFUL]
     _write(directory / "careless.jsonl", ((number, in_words_carelessly(number, generator)) for number in careless))
-    _write(directory / "careful.jsonl", ((number, in_words(number)) for number in small))
-    _write(directory / "held_out.jsonl", ((number, in_words(number)) for number in held_out))
+    _write(directory / "careful.jsonl", ((number, in_words(number)) for number in careful))
+    _write(directory / "held_out.jsonl", ((number, in_words(number)) for number in numbers[CARELESS + CAREFUL :]))
 
 
 def _write(path: Path, answers: Iterable[tuple[int, list[str]]]) -> None:

@@ -26,7 +26,7 @@ def show(directory: Path) -> None:
     rows = json.loads((directory / "figures.json").read_text(encoding="utf-8"))
     records = [record for _, record in read_jsonl(directory / "held_out.jsonl")]
     human_length = sum(len(record["output"].split()) + 1 for record in records) / len(records)
-    print(f"\nOn {len(records)} held-out numbers from 1,000 on; careful people answered for smaller ones only:\n")
+    print(f"\nOn {len(records)} held-out numbers:\n")
     print(table(rows))
     print(
         f"Sampled at temperature 1; right answers have {human_length:.2f} tokens. margin: by how much more than its\n"

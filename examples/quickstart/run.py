@@ -80,7 +80,7 @@ def spin_overrides(args: argparse.Namespace) -> list[str]:
         f"model.data.train_ds.prompt_template='{numbers_in_words.PROMPT_TEMPLATE}'",
         f"exp_manager.explicit_log_dir={args.output}/spin",
         "trainer.spin.max_iterations=3",
-        "trainer.spin.max_epochs=4",
+        "trainer.spin.max_epochs=3",
         "model.spin.ref_policy_kl_penalty=5",
         f"model.optim.lr={LR}",
         "model.optim.sched.min_lr=0",
@@ -96,7 +96,8 @@ def spin_overrides(args: argparse.Namespace) -> list[str]:
 
 def run(*command: str) -> None:
     """Run a step of the quick start in a process of its own. However this one is ended, nothing of it stays behind."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    # On a model of this size more threads do no good, and harm where the cores have other work.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # In a session of its own it does not get the terminal's Ctrl-C; it is told once, here, and then cleans up.
     with subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True) as process:
         try:
@@ -139,10 +140,10 @@ def main() -> None:
     )
     run("-m", "nemo_spin.cli", "train", "--config-name", "gpt_spin_tiny", *overrides)
 
-    heading("4/4  Comparison: numbers that no careful person has answered, and further SFT beside SPIN\n", started)
+    heading("4/4  Comparison on held-out numbers, with further SFT beside SPIN\n", started)
     run(str(HERE / "compare.py"), str(args.output), str(args.seed), str(LR))
     report.show(args.output)
-    heading("Done.", started)
+    heading("Done", started)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Supervised fine-tuning with nemo_spin's own parts, on one process: makes the model from which SPIN starts.
 
-    python examples/quickstart/sft.py DIRECTORY SEED
+python examples/quickstart/sft.py DIRECTORY SEED
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,14 +17,7 @@ if TYPE_CHECKING:
     from nemo_spin.data.dataset import SFTDataset
 
 LAYERS, HEADS, CONTEXT = 2, 4, 32
-BATCH_SIZE, STEPS, LR = 64, 400, 1e-3
-
-
-def use_few_threads() -> None:
-    """More than a few cores make a model of this size slower."""
-    import torch
-
-    torch.set_num_threads(min(4, os.cpu_count() or 1))
+BATCH_SIZE, STEPS, LR = 64, 800, 1e-3
 
 
 def new_model(tokenizer: Path, seed: int) -> MegatronGPTSPINModel:
@@ -89,7 +81,6 @@ def fine_tune(
 
 def main() -> None:
     directory, seed = Path(sys.argv[1]), int(sys.argv[2])
-    use_few_threads()
     model = new_model(directory / "tokenizer", seed)
     fine_tune(model, load(model, directory / "careless.jsonl"), STEPS, LR, 20, seed, "SFT")
     model.save_to(directory / "sft.nemo")

@@ -63,7 +63,7 @@ def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     assert "iteration 0" in first.stderr
     assert f"Saved {nemo}" in first.stderr
     assert list(run_dir.glob("events.out.tfevents.*"))
-    assert not [path for path in run_dir.rglob("*unfinished*")]
+    assert not list(run_dir.rglob("*unfinished*"))
 
     second = train(inputs, run_dir, "trainer.devices=2", "model.pipeline_model_parallel_size=2")
     assert second.returncode == 0, second.stderr
