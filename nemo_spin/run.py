@@ -159,7 +159,12 @@ def _start_experiment(cfg: DictConfig, run_dir: Path) -> list[Any]:
     if not _is_main():
         return []
     from lightning.pytorch import Trainer
+    from nemo.utils import logging as nemo_logging
     from nemo.utils.exp_manager import exp_manager
+
+    # Both begin by printing what they found and every option that they know, in a page.
+    nemo_logging.setLevel(nemo_logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     # Resuming and checkpoints are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
     ours = ("resume_if_exists", "resume_ignore_no_checkpoint", "resume_from_checkpoint", "checkpoint_callback_params")
