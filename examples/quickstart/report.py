@@ -52,7 +52,8 @@ def examples(rows: list[dict[str, Any]], records: list[dict[str, str]]) -> str:
     before, after = rows[0], [row for row in rows if row["name"].startswith("SPIN")][-1]
     lines = []
     for record, first, last in islice(zip(records, before["examples"], after["examples"], strict=False), 3):
-        lines += [f"{record['input']}   {before['name']}: {first}", f"       {after['name']}: {last}"]
+        number = record["input"].rjust(4)
+        lines += [f"{number}   {before['name']}: {first}", f"{' ' * len(number)}   {after['name']}: {last}"]
     return "\n".join(lines) + "\n"
 
 
@@ -67,19 +68,21 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         sentences.append(f"SPIN made no difference to the accuracy of sampled answers ({numbers}).")
     else:
         better = last["accuracy"] > before["accuracy"]
-        sentences.append(f"SPIN made sampled answers {'right more' if better else 'wrong more'} often ({numbers}).")
+        sentences.append(f"With SPIN, sampled answers were right {'more' if better else 'less'} often ({numbers}).")
     if best["accuracy"] > last["accuracy"] + _NOISE:
         sentences.append(f"It was best after {best['name'].removeprefix('SPIN, ')} and lost some of it later.")
     for control in controls:
         difference = control["accuracy"] - last["accuracy"]
         comparison = "about as good" if abs(difference) < _NOISE else "better" if difference > 0 else "worse"
-        text = f"As many steps of {control['name']}, on the same answers were {comparison}: {control['accuracy']:.0%}"
+        name = control["name"].replace(", ", " (") + ")"
+        sentences.append(f"As many steps of {name} on the same answers were {comparison}: {control['accuracy']:.0%}.")
         if control["greedy_accuracy"] < before["greedy_accuracy"] - _NOISE:
-            text += (
-                ", and the model forgot some of what it knew about other numbers (likeliest answer right: "
-                f"{control['greedy_accuracy']:.0%}, once {before['greedy_accuracy']:.0%})"
+            sentences.append(
+                "With them the model forgot some of what it had known (likeliest answer right: "
+                f"{control['greedy_accuracy']:.0%}, once {before['greedy_accuracy']:.0%})."
             )
-        sentences.append(text + ".")
+    if max(control["accuracy"] for control in controls) > last["accuracy"] + _NOISE:
+        sentences.append("Careful answers are plentiful here and never disagree with each other, which suits SFT.")
     return sentences
 
 

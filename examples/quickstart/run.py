@@ -134,10 +134,8 @@ def main() -> None:
 
     overrides = spin_overrides(args)
     heading("3/4  SPIN: it plays against itself over careful people's answers\n", started)
-    print(
-        "nemo-spin train --config-name gpt_spin_tiny \\\n    " + " \\\n    ".join(map(shlex.quote, overrides)) + "\n",
-        flush=True,
-    )
+    shown = [f'"{override}"' if " " in override else override for override in overrides]
+    print(" \\\n    ".join(["nemo-spin train --config-name gpt_spin_tiny", *shown]), end="\n\n", flush=True)
     run("-m", "nemo_spin.cli", "train", "--config-name", "gpt_spin_tiny", *overrides)
 
     heading("4/4  Comparison on held-out numbers, with further SFT beside SPIN\n", started)

@@ -49,6 +49,7 @@ def train(inputs: Path, run_dir: Path, *overrides: str) -> subprocess.CompletedP
         f"exp_manager.explicit_log_dir={run_dir}",
         "model.spin.length_params.max_length=8",
         "model.global_batch_size=8",
+        "model.micro_batch_size=4",
         *overrides,
         cwd=run_dir.parent,
     )
