@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -119,14 +121,28 @@ class Optimizer:
         if is_loading:
             for adam in self._distributed_parts():
                 adam._init_optimizer_states_with_dummy_values()
-        return self._adam.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
+        with self._groups_without_schedule():
+            return self._adam.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._adam.load_state_dict(state)
+        with self._groups_without_schedule():
+            self._adam.load_state_dict(state)
         for values in self._moments():
             if "step" in values:
                 # All parameters come back sharing one tensor, which every one of them would then advance.
                 values["step"] = values["step"].clone()
+
+    @contextmanager
+    def _groups_without_schedule(self) -> Iterator[None]:
+        """megatron-core tells parameter groups apart by their learning rates too, which `start` sets anew each time."""
+        kept = [(group, group.get("max_lr"), group.get("min_lr")) for group in self._adam.param_groups]
+        try:
+            for group, _, _ in kept:
+                group["max_lr"] = group["min_lr"] = 0.0
+            yield
+        finally:
+            for group, max_lr, min_lr in kept:
+                group["max_lr"], group["min_lr"] = max_lr, min_lr
 
     def _parts(self) -> list[Any]:
         return getattr(self._adam, "chained_optimizers", [self._adam])
