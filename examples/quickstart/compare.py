@@ -123,7 +123,8 @@ def measure_all(directory: Path, seed: int, spin_lr: float) -> list[Figures]:
         progress = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["progress"]
         steps = progress["step"]
         load_directory(model.gpt, checkpoint / "shards", prefix="")
-        figures.append(judge.measure(f"SPIN, iteration {progress['iteration']}", model, in_self_play=True))
+        ended = progress["iteration"] - 1  # the checkpoint stands at the start of the next
+        figures.append(judge.measure(f"SPIN, iteration {ended}", model, in_self_play=True))
     # The learning rate that is best for SPIN need not be the best for SFT.
     for lr in (spin_lr, 0.3 * spin_lr):
         model = MegatronGPTSPINModel.restore_from(str(directory / "sft.nemo"))

@@ -1,0 +1,47 @@
+"""Options that commands over a checkpoint share: where it is, how it lies over processes, how records are read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from nemo_spin.errors import ConfigError
+
+
+def add_model_options(parser: argparse.ArgumentParser, micro_batch_help: str) -> None:
+    """--checkpoint, --tp, --pp, --precision, --micro-batch-size and --accelerator."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="CKPT", help=".nemo file, unpacked .nemo, or NeMo 2 directory")
+    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default 1)")
+    add("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default 1)")
+    add("--precision", choices=["32", "bf16"], default="32", help="of the computation (default 32)")
+    add("--micro-batch-size", type=int, default=8, metavar="N", help=f"{micro_batch_help} (default 8)")
+    add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto", help="(default auto: GPUs if there are any)")
+
+
+def add_record_options(parser: argparse.ArgumentParser) -> None:
+    """How a record becomes token ids."""
+    add, boolean = parser.add_argument, argparse.BooleanOptionalAction
+    add("--prompt-template", default="{input} {output}", help='how a record becomes text (default "{input} {output}")')
+    add("--label-key", default="output", help="the response's key in a record (default output)")
+    add("--add-bos", action=boolean, default=False, help="begin prompts with the BOS token (default no)")
+    add("--add-eos", action=boolean, default=True, help="end responses with the EOS token (default yes)")
+
+
+def run_in_parallel(options: argparse.Namespace, work: Callable[[], None]) -> int:
+    """Do `work` in each of the processes that --tp and --pp ask for. Returns the exit code. Raises UserError."""
+    from nemo_spin.config.schema import ParallelConfig
+    from nemo_spin.launch import run
+
+    for name in ("tp", "pp", "micro_batch_size"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: use at least 1.")
+    parallel = ParallelConfig(
+        num_nodes=1,
+        devices=options.tp * options.pp,
+        tensor_model_parallel_size=options.tp,
+        pipeline_model_parallel_size=options.pp,
+        sequence_parallel=False,
+        accelerator=options.accelerator,
+    )
+    return run(parallel, work)
