@@ -40,6 +40,18 @@ def num_batches(num_examples: int, global_batch_size: int, limit: int | float | 
     return min(total, max(1, math.floor(total * limit + 1e-6))) if limit > 0 else 0
 
 
+def index_batches(
+    order: Tensor, global_batch_size: int, start_batch: int = 0, limit_batches: int | float | None = None
+) -> Iterator[Tensor]:
+    """Yield the indices of the epoch's global batches, int64 [b] each, from number `start_batch` on.
+
+    The last batch may be smaller, nothing is dropped. limit_batches: as in `num_batches`, counted from the epoch's
+    start: a resumed epoch ends where it would have.
+    """
+    for batch in range(start_batch, num_batches(len(order), global_batch_size, limit_batches)):
+        yield order[batch * global_batch_size : (batch + 1) * global_batch_size]
+
+
 def batches(
     dataset: SFTDataset,
     order: Tensor,
@@ -47,11 +59,6 @@ def batches(
     start_batch: int = 0,
     limit_batches: int | float | None = None,
 ) -> Iterator[list[Example]]:
-    """Yield the epoch's global batches from number `start_batch` on; the last may be smaller, nothing is dropped.
-
-    limit_batches: as in `num_batches`, counted from the epoch's start: a resumed epoch ends where it would have.
-    """
-    indices = order.tolist()
-    for batch in range(start_batch, num_batches(len(indices), global_batch_size, limit_batches)):
-        start = batch * global_batch_size
-        yield [dataset[index] for index in indices[start : start + global_batch_size]]
+    """As `index_batches`, with the examples themselves."""
+    for indices in index_batches(order, global_batch_size, start_batch, limit_batches):
+        yield [dataset[index] for index in indices.tolist()]
