@@ -19,12 +19,14 @@ _MARKERS_UP_TO = 40  # points
 _MEANS_PER_ITERATION = 40
 _MEAN_POINTS = 400
 
+# metrics that go on from one iteration to the next; the others begin anew
+_RUN_ON = {"val_loss", "rollout/length", "throughput/rollout_tokens_per_second"}
 _DASHES = ("solid", "dash", "dot", "dashdot")  # the curves differ also where there are no colours
 
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """A figure over the steps. line: a level that is marked. caption: what to see in it."""
+    """A figure over the steps. caption: what to see in it. line: a level that is marked. noisy: whether means help."""
 
     key: str
     title: str
@@ -32,6 +34,7 @@ class Curves:
     metrics: tuple[str, ...]
     caption: str
     line: tuple[float, str] | None = None
+    noisy: bool = True
 
 
 CURVES = (
@@ -104,7 +107,7 @@ CURVES = (
         ("grad_norm",),
         "Before clipping.",
     ),
-    Curves("lr", "Learning rate", "", ("lr",), "Of each step."),
+    Curves("lr", "Learning rate", "", ("lr",), "Of each step.", noisy=False),
     Curves(
         "throughput",
         "Throughput",
@@ -112,7 +115,7 @@ CURVES = (
         ("throughput/train_tokens_per_second", "throughput/rollout_tokens_per_second"),
         "Of the whole run, not of one device.",
     ),
-    Curves("memory", "Memory", "GiB", ("memory/peak_gib",), "Peak of a device."),
+    Curves("memory", "Memory", "GiB", ("memory/peak_gib",), "Peak of a device.", noisy=False),
 )
 
 
@@ -125,7 +128,7 @@ def draw(spec: Curves, run: Run) -> Figure | None:
         series = run.history.series(metric)
         if not len(series):
             continue
-        traces += _traces(metric, series, number)
+        traces += _traces(metric, series, number, spec.noisy)
         words.append(_in_words(metric, series))
         if len(series) > MAX_POINTS:
             kept = len(_thinned(series).steps)
@@ -147,11 +150,11 @@ def _level(spec: Curves, run: Run) -> tuple[float, str] | None:
     return spec.line
 
 
-def _traces(metric: str, series: Series, number: int) -> Iterator[dict[str, Any]]:
+def _traces(metric: str, series: Series, number: int, noisy: bool) -> Iterator[dict[str, Any]]:
     color, dash = COLORS[number], _DASHES[number]
     drawn = _thinned(series)
-    smoothed = len(series) >= SMOOTHED_FROM
-    steps, values = _with_gaps(drawn)
+    smoothed = noisy and len(series) >= SMOOTHED_FROM
+    steps, values = _points(drawn, metric in _RUN_ON)
     few = len(series) <= _MARKERS_UP_TO
     yield {
         "type": "scatter",
@@ -169,7 +172,7 @@ def _traces(metric: str, series: Series, number: int) -> Iterator[dict[str, Any]
     }
     if smoothed:
         means = _means(series)
-        steps, values = _with_gaps(means)
+        steps, values = _points(means, metric in _RUN_ON)
         yield {
             "type": "scatter",
             "name": f"{metric}, mean",
@@ -232,17 +235,12 @@ def _at(series: Series, positions: Sequence[int]) -> Series:
     )
 
 
-def _with_gaps(series: Series) -> tuple[list[int], list[float | None]]:
-    """Steps and values, with a gap where one iteration ends and the next begins anew, and for what is no number.
-
-    What is logged once or twice in an iteration is one line over all of them.
-    """
-    parts = list(_by_iteration(series))
-    gaps = len(series) > 3 * len(parts)
+def _points(series: Series, runs_on: bool) -> tuple[list[int], list[float | None]]:
+    """Steps and values, with a gap for what is no number, and one where an iteration begins anew unless it runs on."""
     steps: list[int] = []
     values: list[float | None] = []
-    for part in parts:
-        if steps and gaps:
+    for part in _by_iteration(series):
+        if steps and not runs_on:
             steps.append(part.steps[0])
             values.append(None)
         steps += part.steps

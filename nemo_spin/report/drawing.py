@@ -23,6 +23,7 @@ class Figure:
 def layout(y_title: str, x_title: str) -> dict[str, Any]:
     """Of a figure with these titles on its axes."""
     axis = {"gridcolor": "#ccc", "zeroline": False, "automargin": True, "ticks": "outside", "tickcolor": "#999"}
+    axis |= {"exponentformat": "power", "minexponent": 5, "separatethousands": True}
     return {
         "height": 300,
         "margin": {"l": 10, "r": 12, "t": 24, "b": 10},
@@ -31,7 +32,7 @@ def layout(y_title: str, x_title: str) -> dict[str, Any]:
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#333"},
         "colorway": list(COLORS),
         "showlegend": True,
-        "legend": {"orientation": "h", "y": -0.28, "x": 0, "yanchor": "top"},
+        "legend": {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom"},
         "hoverlabel": {"bgcolor": "#222", "bordercolor": "#222", "font": {"color": "#fff"}},
         "xaxis": axis | {"title": {"text": x_title}, "showgrid": False},
         "yaxis": axis | {"title": {"text": y_title}},
