@@ -19,9 +19,6 @@ OPTIONS = """
 --virtual-time-budget=20000 --window-size=1200,900 --enable-logging=stderr
 """.split()
 
-# what the browser asks its maker, whatever the page
-OWN = re.compile(r"https?://([\w-]+\.)*(google\.com|gvt1\.com)/|https?://update\.googleapis\.com/")
-
 
 @pytest.fixture(scope="module")
 def browser() -> str:
@@ -39,8 +36,12 @@ def opened(browser: str, page: Path, directory: Path) -> tuple[str, str, list[st
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     complaints = "\n".join(line for line in run.stderr.splitlines() if "CONSOLE" in line)
-    addresses = re.findall(r'"url":"((?:https?|wss?|ftp):[^"]*)"', net_log.read_text(encoding="utf-8"))
-    return run.stdout, complaints, [address for address in addresses if not OWN.match(address)]
+    # requests on behalf of a page bear its origin, those that the browser makes for itself do not
+    events = [
+        line for line in net_log.read_text(encoding="utf-8").splitlines() if '"network_isolation_key":"file:' in line
+    ]
+    addresses = [address for line in events for address in re.findall(r'"url":"((?:http|ws|ftp)[^"]*)"', line)]
+    return run.stdout, complaints, addresses
 
 
 def plots_of(dom: str) -> dict[str, str]:
