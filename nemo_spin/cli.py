@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import nemo_spin.quiet  # noqa: F401
-from nemo_spin.commands import score, train
+from nemo_spin.commands import report, score, train
 
-COMMANDS = (train, score)
+COMMANDS = (train, score, report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
         "__init__.py errors.py losses.py pairs.py progress.py timing.py config data",
         "megatron generation checkpoint reference.py rollouts.py rollout_store.py memory.py time_limit.py",
         "model.py trainer.py tokenizers.py archive.py reporting.py metrics_log.py",
-        "run.py score.py launch.py cli.py commands quiet.py",
+        "run.py score.py launch.py cli.py commands quiet.py report",
     )
 )
 FORBIDDEN = (NEMO | MEGATRON, NEMO, set(), set())
@@ -87,6 +87,7 @@ def test_the_story_knows_no_ranks() -> None:
         "import nemo_spin",
         "import nemo_spin.losses, nemo_spin.pairs, nemo_spin.config, nemo_spin.data",
         "import nemo_spin.cli",
+        "import nemo_spin.report",
     ],
 )
 def test_the_lower_floor_loads_neither_nemo_nor_megatron(statement: str) -> None:

@@ -1,0 +1,149 @@
+"""A run as its directory shows it: what it logged, how it was configured, what it has saved, how far it came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_spin.errors import ConfigError, UserError
+from nemo_spin.report.history import History, Record, read_history
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    config: as run, empty where config.yaml is missing; config_text: the file.
+    nemo_files: names in checkpoints/. latest: name of the newest checkpoint, None if there is none.
+    """
+
+    path: Path
+    history: History
+    config: dict[str, Any]
+    config_text: str
+    nemo_files: list[str]
+    latest: str | None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value of the configuration by its dotted key."""
+        node: Any = self.config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return default if node is None else node
+
+    def number(self, key: str) -> float | None:
+        """A number of the configuration; YAML reads 9e-6 as text."""
+        return _number(self.get(key))
+
+    def per_iteration(self, key: str, iteration: int) -> float | None:
+        """A value that is one number, or a list with one for each iteration."""
+        value = self.get(key)
+        if isinstance(value, list):
+            value = value[iteration] if iteration < len(value) else None
+        return _number(value)
+
+    @property
+    def max_iterations(self) -> int | None:
+        number = self.number("trainer.spin.max_iterations")
+        return None if number is None else int(number)
+
+    @cached_property
+    def last_position(self) -> Record:
+        """The line that says how far the run came."""
+        return max(self.history.records, key=lambda record: (record.step, record.iteration))
+
+    @cached_property
+    def steps_per_iteration(self) -> int | None:
+        """Known once an iteration is over."""
+        last = self.last_position.iteration
+        steps = [
+            record.position["iteration_step"]
+            for record in self.history.records
+            if record.kind == "train" and record.iteration < last and "iteration_step" in record.position
+        ]
+        return max(steps, default=None)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that the whole run is to have, None while that is not known."""
+        totals = []
+        if self.steps_per_iteration and self.max_iterations:
+            totals.append(self.steps_per_iteration * self.max_iterations)
+        limit = self.number("trainer.spin.max_steps")
+        if limit is not None and limit > 0:
+            totals.append(int(limit))
+        return min(totals, default=None)
+
+    @cached_property
+    def has_ended(self) -> bool:
+        """Whether the last process of the run came to its end."""
+        marks = [record.kind for record in self.history.records if record.kind in ("start", "resume", "end")]
+        return bool(marks) and marks[-1] == "end"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end and has made all its steps, as far as that is known."""
+        return self.has_ended and (self.total_steps is None or self.last_position.step >= self.total_steps)
+
+    @property
+    def state(self) -> str:
+        """How far the run came, in words."""
+        last = self.last_position
+        if self.is_finished:
+            return f"finished after {last.step:,} steps"
+        of = f" of {self.total_steps:,}" if self.total_steps else ""
+        iterations = f" of {self.max_iterations}" if self.max_iterations else ""
+        return f"unfinished: at step {last.step:,}{of}, in iteration {last.iteration} (from 0){iterations}"
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory, but for its rollouts. Raises UserError, DataError or ConfigError."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the directory of a run (exp_manager.explicit_log_dir).")
+    if not path.is_dir():
+        raise UserError(f"{path} is not a directory: give the directory of a run (exp_manager.explicit_log_dir).")
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        parts = ("metrics.jsonl", "config.yaml", "checkpoints")
+        lacks = [part for part in parts if not (path / part).exists()] or ["metrics.jsonl as a file"]
+        raise UserError(
+            f"{path} is not the directory of a run, it lacks {', '.join(lacks)}: give the one that training wrote to "
+            "(exp_manager.explicit_log_dir)."
+        )
+    history = read_history(metrics)
+    config_text, config = _read_config(path / "config.yaml")
+    checkpoints = path / "checkpoints"
+    pointer = checkpoints / "latest"
+    try:
+        nemo_files = sorted(file.name for file in checkpoints.glob("*.nemo"))
+        latest = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
+    except OSError as error:
+        raise UserError(f"{checkpoints} cannot be read ({error.strerror}): make it readable.") from None
+    return Run(path, history, config, config_text, nemo_files, latest)
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.is_file():
+        return "", {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} cannot be read ({reason}): mend it, or move it away for a report without.") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not a mapping of keys to values: mend it, or move it away for a report without.")
+    return text, config
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

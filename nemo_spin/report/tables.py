@@ -1,0 +1,143 @@
+"""The run in rows and cells: its headline, its iterations, and every metric that it logged."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any
+
+from nemo_spin.report.figures import DRAWN
+from nemo_spin.report.run_directory import Run
+
+# metric, title, format
+_COLUMNS = (
+    ("loss", "loss", "{:.4f}"),
+    ("rewards/margins", "margin", "{:+.3f}"),
+    ("rewards/accuracies", "accuracy", "{:.3f}"),
+    ("rewards/chosen", "chosen reward", "{:+.3f}"),
+    ("rewards/rejected", "rejected reward", "{:+.3f}"),
+    ("logps/chosen", "chosen log-prob.", "{:.1f}"),
+    ("kl", "KL (nats)", "{:.2f}"),
+    ("val_loss", "val_loss", "{:.4f}"),
+    ("rollout/responses", "responses", "{:,.0f}"),
+    ("rollout/length", "tokens each", "{:.1f}"),
+    ("rollout/finish_reason_length", "cut off", "{:.1%}"),
+    ("rollout/exact_match", "equal to human", "{:.1%}"),
+    ("time/rollout_share", "rollouts' time", "{:.0%}"),
+)
+
+
+def headline(run: Run) -> list[tuple[str, str]]:
+    """What a reader wants to know first: names and values. Only what the run directory says."""
+    records = run.history.records
+    model = run.get("pretrained_checkpoint.restore_from_path")
+    facts = [("State", run.state), ("Model", str(model) if model else None), ("Layout", _layout(run))]
+    facts += [("Data", _text(run.get("model.data.train_ds.file_path"))), ("Training", _training(run))]
+    facts += [
+        ("beta", _text(run.get("model.spin.ref_policy_kl_penalty"))),
+        ("Learning rate", _text(run.get("model.optim.lr"))),
+        ("First line", _time(records[0].time)),
+        ("Last line", _time(max(record.time for record in records))),
+    ]
+    if run.history.resumes:
+        facts.append(("Resumed", f"{_times(run.history.resumes)}; {run.history.undone:,} undone lines do not count"))
+    results = [f"checkpoints/{name}" for name in run.nemo_files]
+    facts.append(("Result", ", ".join(results) or "no .nemo file yet"))
+    facts.append(("Newest checkpoint", f"checkpoints/{run.latest}" if run.latest else None))
+    return [(name, value) for name, value in facts if value]
+
+
+def title(run: Run) -> str:
+    model = run.get("pretrained_checkpoint.restore_from_path")
+    return PurePath(str(model)).name if model else run.path.resolve().name
+
+
+def iterations(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns, and a row for the model before training, if it was validated, and for each iteration."""
+    history = run.history
+    steps = {
+        i: [r.step for r in history.records if r.kind == "train" and r.iteration == i] for i in history.iterations()
+    }
+    at_start = [value for step, value in history.series("val_loss").finite() if step == 0]
+    columns = [column for column in _COLUMNS if any(history.last(column[0], i) is not None for i in steps)]
+    rows = []
+    if at_start:
+        cells = [f"{at_start[0]:.4f}" if metric == "val_loss" else "-" for metric, _, _ in columns]
+        rows.append(["before", "-", "-", *cells])
+    for iteration, own in steps.items():
+        beta = run.per_iteration("model.spin.ref_policy_kl_penalty", iteration)
+        values = [(form, history.last(metric, iteration)) for metric, _, form in columns]
+        span = f"{min(own):,} to {max(own):,}" if own else "-"
+        cells = ["-" if value is None else form.format(value) for form, value in values]
+        rows.append([str(iteration), span, "-" if beta is None else f"{beta:g}", *cells])
+    return ["iteration", "steps", "beta", *(name for _, name, _ in columns)], rows
+
+
+def metrics(run: Run) -> list[list[str]]:
+    """For every metric: name, points, first, last, smallest, largest value, how many are no numbers, drawn or not."""
+    rows = []
+    for name in run.history.names():
+        series = run.history.series(name)
+        values = [value for value in series.values if math.isfinite(value)]
+        if values:
+            numbers = [f"{value:.6g}" for value in (values[0], values[-1], min(values), max(values))]
+        else:
+            numbers = ["-"] * 4
+        not_finite = len(series) - len(values)
+        rows.append([name, f"{len(series):,}", *numbers, f"{not_finite:,}", "yes" if name in DRAWN else "no"])
+    return rows
+
+
+def notes(run: Run) -> list[list[str]]:
+    """Texts that lines carry beside numbers: step, kind, name, text."""
+    return [
+        [f"{record.step:,}", record.kind, name, text]
+        for record in run.history.records
+        for name, text in record.notes.items()
+    ]
+
+
+def _layout(run: Run) -> str | None:
+    nodes, devices = run.number("trainer.num_nodes"), run.number("trainer.devices")
+    if not nodes or not devices:
+        return None
+    processes = int(nodes * devices)
+    tensor = int(run.number("model.tensor_model_parallel_size") or 1)
+    pipeline = int(run.number("model.pipeline_model_parallel_size") or 1)
+    layout = f"{processes} process{'es' if processes > 1 else ''}: tensor {tensor} x pipeline {pipeline}"
+    if tensor * pipeline and processes % (tensor * pipeline) == 0:
+        layout += f" x data {processes // (tensor * pipeline)}"
+    if run.get("model.sequence_parallel") is True:
+        layout += ", sequence parallel"
+    precision = run.get("trainer.precision")
+    return f"{layout}, precision {precision}" if precision else layout
+
+
+def _training(run: Run) -> str | None:
+    batch, epochs = run.get("model.global_batch_size"), run.get("trainer.spin.max_epochs")
+    parts = [
+        f"{run.max_iterations} iterations" if run.max_iterations else "",
+        f"{epochs} epochs each" if epochs else "",
+    ]
+    parts.append(f"{batch} pairs in a batch" if batch else "")
+    consumed = [r.position["consumed_samples"] for r in run.history.records if "consumed_samples" in r.position]
+    parts.append(f"{max(consumed):,} pairs so far" if consumed else "")
+    return ", ".join(filter(None, parts)) or None
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _time(seconds: float) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, ValueError, OSError):
+        return "unknown"
