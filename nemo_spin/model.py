@@ -23,7 +23,6 @@ from nemo_spin.checkpoint.stored import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1, override
 from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import RecomputeConfig, SpinConfig
-from nemo_spin.data.chat import stop_ids
 from nemo_spin.errors import UserError
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron import setup, steps
@@ -99,11 +98,11 @@ class MegatronGPTSPINModel(ModelPT):
 
     # ------------------------------------------------------------------------------------------ training
 
-    def prepare_training(self, cfg: SpinConfig, context_length: int, chat: bool) -> None:
+    def prepare_training(self, cfg: SpinConfig, context_length: int, stop_ids: frozenset[int]) -> None:
         """Make optimizer and reference.
 
-        context_length: most tokens of prompt and response. chat: whether the data are conversations, so that generation
-        also stops at the chat template's end of turn.
+        context_length: most tokens of prompt and response. stop_ids: the ids at which a generated response ends, beside
+        `end_strings`.
         """
         self._context_length = context_length
         self._train_batching = self.batching(cfg.micro_batch_size)
@@ -119,7 +118,7 @@ class MegatronGPTSPINModel(ModelPT):
             max_sequence_length=context_length,
             sampling=cfg.spin.sampling_params,
             min_length=cfg.spin.length_params.min_length,
-            stop_ids=stop_ids(self.tokenizer, chat) | single,
+            stop_ids=stop_ids | single,
             seed=cfg.seed,
             slots=cfg.spin.rollout_batch_size,
             pad_id=self.tokenizer.pad_id,
