@@ -238,6 +238,8 @@ def _dataset(section: Section, data: Section, shuffle: bool) -> DatasetConfig:
     try:
         check_template(dataset.prompt_template, dataset.label_key)
         if dataset.overlong == "truncate":
+            if dataset.truncation_field is None:
+                raise ConfigError("overlong: truncate needs a truncation_field, the field that may be cut.")
             check_truncation_field(dataset.truncation_field, dataset.prompt_template, dataset.label_key)
     except ConfigError as error:
         raise ConfigError(f"{section.name}: {error}") from None

@@ -131,4 +131,4 @@ class LoadReport:
 
 def reason_of(message: str) -> str:
     """What errors that differ only in their details have in common, so that they can be counted together."""
-    return re.sub(r"\d+", "N", re.split(r"[:(;]", message)[0]).strip()
+    return re.sub(r"(?<!UTF-)\d+", "N", re.split(r"[:(;]", message)[0]).strip()

@@ -46,8 +46,8 @@ def identity_of(path: str | PathLike[str]) -> list[tuple[str, int, int]]:
 
     Raises DataError when it is not there.
     """
-    root = Path(path).absolute()
     try:
+        root = Path(path).resolve()
         files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
         stats = [(file, file.stat()) for file in files]
     except FileNotFoundError:
@@ -94,6 +94,8 @@ def _saved_batches(path: Path) -> Iterator[pa.RecordBatch]:
         saved = datasets.load_from_disk(str(path)).with_format("arrow")
         for table in saved.iter(batch_size=_ROWS_AT_ONCE):
             yield from table.to_batches()
+    except IndexError:  # from `datasets`, of a data set without rows, which has no file
+        return
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DataError(f"the data set in {path} is damaged ({_one_line(error)}): save it again") from None
 

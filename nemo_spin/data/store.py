@@ -32,7 +32,8 @@ class _Column:
 
     def to_arrow(self) -> pa.ListArray:
         ends, ids = np.frombuffer(self.ends, np.int32), np.frombuffer(self.ids, np.int32)
-        return pa.ListArray.from_arrays(pa.array(ends), pa.array(ids), type=_IDS, mask=pa.array(self.missing))
+        missing = pa.array(self.missing, pa.bool_())
+        return pa.ListArray.from_arrays(pa.array(ends), pa.array(ids), type=_IDS, mask=missing)
 
 
 class ExampleWriter:

@@ -67,12 +67,12 @@ def parse_template(template: str, label_key: str) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def check_truncation_field(names: str | None, template: str, label_key: str) -> frozenset[str]:
+def check_truncation_field(names: str, template: str, label_key: str) -> frozenset[str]:
     """The fields that `truncation_field` names, with commas between them.
 
     Raises ConfigError for one that is no field of the prompt: a response is never cut.
     """
-    fields = frozenset(name.strip() for name in (names or "").split(",") if name.strip())
+    fields = frozenset(name.strip() for name in names.split(",") if name.strip())
     context = [part.key for part in parse_template(template, label_key)[:-1] if part.key]
     for field in sorted(fields):
         if field not in context:

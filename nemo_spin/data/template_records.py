@@ -34,7 +34,7 @@ class TemplateFormat:
         self.parts = parse_template(prompt_template, label_key)
         self.label_key = label_key
         self.add_eos = add_eos
-        self.truncation_fields = check_truncation_field(truncation_field, prompt_template, label_key)
+        self.truncation_fields = check_truncation_field(truncation_field or "", prompt_template, label_key)
         self.truncation_method = truncation_method
         self.bos_ids: list[int] = []
         if add_bos:

@@ -124,7 +124,10 @@ def test_resolvers_and_plain_mappings() -> None:
         ({"model__peft": {"peft_scheme": "lora"}}, "all parameters are trained"),
         ({"trainer__max_steps": 10}, "trainer.spin.max_steps is what counts"),
         ({"trainer__enable_checkpointing": True}, "trainer.spin.save_interval"),
-        ({"model__data__chat_prompt_tokens": {"turn_end": "x"}}, "chat_prompt_tokens.end_of_turn"),
+        (
+            {"model__data__chat_prompt_tokens": {"turn_end": "x"}},
+            "did you mean model.data.chat_prompt_tokens.turn_start",
+        ),
         ({"model__data__chat_prompt_tokens": {"turn_start": 1}}, "chat_prompt_tokens.turn_start = 1: use a text"),
         ({"model__data__train_ds__file_path": []}, "train_ds.file_path = ..: name at least one file"),
         ({"model__data__train_ds__file_path": ["a", 1]}, "train_ds.file_path = .*list of texts"),
