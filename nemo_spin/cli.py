@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import nemo_spin.quiet  # noqa: F401
-from nemo_spin.commands import score, train
+from nemo_spin.commands import data, score, train
 
-COMMANDS = (train, score)
+COMMANDS = (train, data, score)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,8 +27,13 @@ def key_of(*parts: Any) -> str:
 
 
 def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/nemo_spin, or ~/.cache/nemo_spin."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_spin"
+    """$XDG_CACHE_HOME/nemo_spin, or ~/.cache/nemo_spin. Raises DataError when the user has no home directory."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_spin"
+    except RuntimeError:
+        raise DataError(
+            "there is no home directory for the tokenized data: set model.data.cache_dir, or XDG_CACHE_HOME"
+        ) from None
 
 
 def open_or_make(

@@ -105,6 +105,7 @@ def load_dataset(
     on_bad_record: str = "error",
     weights: Sequence[float] | None = None,
     cache_dir: str | PathLike[str] | None = None,
+    refuse: bool = True,
 ) -> SFTDataset:
     """Read and tokenize files, or open what an earlier call has made of them; the formats are those of `formats`.
 
@@ -115,6 +116,8 @@ def load_dataset(
     on_bad_record: "error", or "skip" records that cannot be used and count them by reason.
     weights: passes over each file in an epoch; None for one each.
     cache_dir: where the tokens are kept; None for `cache.default_cache_dir`.
+    refuse: False to take what can be used and leave out the rest, whatever `overlong` and `on_bad_record` say; then the
+        reports tell it all, and `LoadReport.refuse` raises what would be raised here.
 
     Raises ConfigError for an option that cannot be used, DataError for a file or record that cannot.
     """
@@ -138,12 +141,13 @@ def load_dataset(
             cache_dir,
             key,
             lambda directory, path=path: _tokenize(
-                path, encoder, max_seq_length, overlong == "truncate", on_bad_record == "skip", directory
+                path, encoder, max_seq_length, overlong == "truncate", on_bad_record == "skip" or not refuse, directory
             ),
             _open,
         )
         file.report.path = str(path)
-        file.report.refuse(overlong, on_bad_record)
+        if refuse:
+            file.report.refuse(overlong, on_bad_record)
         files.append(file)
     kinds = {kind for file in files for kind in file.report.formats}
     return SFTDataset(files, weights or [1.0] * len(files), encoder.stop_ids(kinds))

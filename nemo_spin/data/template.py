@@ -38,7 +38,7 @@ def parse_template(template: str, label_key: str) -> tuple[Part, ...]:
     """
     if not isinstance(template, str):
         raise ConfigError(f"prompt_template must be a string, not {type(template).__name__}")
-    text = _ESCAPE.sub(lambda escape: escape[0].encode("ascii").decode("unicode_escape"), template)
+    text = unescape(template)
     parts: list[Part] = []
     end = 0
     for match in _PLACEHOLDER.finditer(text):
@@ -65,6 +65,11 @@ def parse_template(template: str, label_key: str) -> tuple[Part, ...]:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError(f"{where} holds half of a surrogate pair: write the character itself")
     return tuple(parts)
+
+
+def unescape(text: str) -> str:
+    """The text with backslash escapes, such as a literal \\n from a command line, resolved."""
+    return _ESCAPE.sub(lambda escape: escape[0].encode("ascii").decode("unicode_escape"), text)
 
 
 def check_truncation_field(names: str, template: str, label_key: str) -> frozenset[str]:
