@@ -52,13 +52,17 @@ def epoch_order(
         has left, so that all its examples come before any of them does again.
     """
     files = [Share(shares, 1.0)] if isinstance(shares, int) else shares
+    order = f"data order {seed} {iteration} {epoch}"
+    if all(file.per_epoch == file.num_examples for file in files):
+        size = epoch_size(files)
+        return _permutation(size, order) if shuffle else torch.arange(size)
     epochs_before = iteration * max_epochs + epoch
     chosen, first = [], 0
     for number, file in enumerate(files):
         chosen.append(first + _chosen(file, f"{seed} {number}" if shuffle else None, epochs_before))
         first += file.num_examples
     indices = torch.cat(chosen)
-    return indices[_permutation(len(indices), f"data order {seed} {iteration} {epoch}")] if shuffle else indices
+    return indices[_permutation(len(indices), order)] if shuffle else indices
 
 
 def num_batches(num_examples: int, global_batch_size: int, limit: int | float | None = None) -> int:

@@ -14,7 +14,7 @@ from datasets.arrow_writer import ArrowWriter
 _IDS = pa.list_(pa.int32())
 _COLUMNS = ("prompt_ids", "response_ids", "rejected_ids")
 SCHEMA = pa.schema([(name, _IDS) for name in _COLUMNS])
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 4096
 
 
 class _Column:

@@ -62,7 +62,7 @@ def test_all_is_shown(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert lengths["response"] == ["2", "2", "2", "3", "3", "3", "2.5", "5"]
     assert "one of the stop tokens </s> (id 1), <|im_end|> (id 3)." in shown
     assert "\none« two three</s>»\n" in shown
-    assert "<|im_start|> user one two<|im_end|> <|im_start|> assistant« three<|im_end|>»\n" in shown
+    assert "<|im_start|> user one two<|im_end|><|im_start|> assistant« three<|im_end|>»\n" in shown
     assert "--- its given rejected response\n four <unk><|im_end|>\n" in shown
     assert "\x1b" not in shown
 

@@ -177,6 +177,6 @@ def test_several_files_follow_each_other(write, tokenizer, tmp_path):
 
 
 def test_more_examples_than_a_batch_of_the_file(write, tokenizer):
-    dataset = load_dataset(write(*[record(i % 7 + 1, i % 3 + 1) for i in range(2500)]), tokenizer, max_seq_length=100)
-    for index in (0, 1, 1023, 1024, 1025, 2047, 2048, 2499):
+    dataset = load_dataset(write(*[record(i % 7 + 1, i % 3 + 1) for i in range(9000)]), tokenizer, max_seq_length=100)
+    for index in (0, 1, 4095, 4096, 4097, 8191, 8192, 8999):
         assert dataset[index] == Example(index, (9,) * (index % 7 + 1), (8,) * (index % 3 + 1))
