@@ -72,9 +72,8 @@ def measure(data: str, cache: str) -> dict[str, Any]:
 
 def in_fresh_process(data: Path, cache: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", str(data), str(cache)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -93,9 +92,8 @@ def main() -> None:
                 if not header_shown:
                     print(f"{'examples':>10} {'':<14}" + "".join(f"{name:>20}" for name in figures))
                     header_shown = True
-                print(
-                    f"{number:>10,} {how:<14}" + "".join(f"{value:>20,.1f}" for value in figures.values()), flush=True
-                )
+                cells = "".join(f"{value:>20,.1f}" for value in figures.values())
+                print(f"{number:>10,} {how:<14}{cells}", flush=True)
 
 
 if __name__ == "__main__":

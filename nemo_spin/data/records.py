@@ -48,7 +48,7 @@ def identity_of(path: str | PathLike[str]) -> list[tuple[str, int, int]]:
     """
     try:
         root = Path(path).resolve()
-        files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+        files = sorted(file for file in root.iterdir() if file.is_file()) if root.is_dir() else [root]
         stats = [(file, file.stat()) for file in files]
     except FileNotFoundError:
         raise DataError(f"data file {path} does not exist: check the path") from None
