@@ -97,7 +97,7 @@ def main() -> None:
     options = {"max_seq_length": args.context, "overlong": "drop"}
     train = load_dataset(args.train, model.tokenizer, **options)
     validation = load_dataset(args.validation, model.tokenizer, **options)
-    print(train.report, validation.report, sep="\n")
+    print(*train.reports, *validation.reports, sep="\n")
     per_epoch = num_batches(len(train), args.batch_size)
     sched = SchedConfig(name="CosineAnnealing", warmup_steps=50, constant_steps=0, min_lr=args.lr / 10)
     optim = OptimConfig("adam", (args.lr,), weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, sched=sched)

@@ -24,7 +24,6 @@ from nemo_spin.checkpoint.stored import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1, override
 from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import RecomputeConfig, SpinConfig
-from nemo_spin.data.chat import stop_ids
 from nemo_spin.errors import UserError
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron import setup, steps
@@ -100,11 +99,11 @@ class MegatronGPTSPINModel(ModelPT):
 
     # ------------------------------------------------------------------------------------------ training
 
-    def prepare_training(self, cfg: SpinConfig, context_length: int, chat: bool) -> None:
+    def prepare_training(self, cfg: SpinConfig, context_length: int, stop_ids: frozenset[int]) -> None:
         """Make optimizer and reference.
 
-        context_length: most tokens of prompt and response. chat: whether the data are conversations, so that generation
-        also stops at the chat template's end of turn.
+        context_length: most tokens of prompt and response. stop_ids: the ids at which a generated response ends, beside
+        `end_strings`.
         """
         self._context_length = context_length
         self._train_batching = self.batching(cfg.micro_batch_size)
@@ -114,7 +113,7 @@ class MegatronGPTSPINModel(ModelPT):
         self.reference = Reference(self.gpt, keep_copy=cfg.spin.rollout_window is not None)
         end_strings = [text for text in cfg.spin.sampling_params.end_strings if self.tokenizer.id_of(text) is None]
         single = {self.tokenizer.id_of(text) for text in cfg.spin.sampling_params.end_strings} - {None}
-        self._stop_ids = stop_ids(self.tokenizer, chat) | single
+        self._stop_ids = stop_ids | single
         self._generator = Generator(
             self.gpt,
             vocab_size=min(self.tokenizer.vocab_size, self.architecture.vocab_size),

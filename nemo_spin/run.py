@@ -15,7 +15,6 @@ from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.source import open_checkpoint
 from nemo_spin.checkpoint.training import TrainingCheckpoints
 from nemo_spin.config import LOGGERS, DatasetConfig, SpinConfig, parse_config
-from nemo_spin.data.chat import stop_ids
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError
@@ -81,8 +80,7 @@ def preflight(cfg: DictConfig) -> Inputs:
         )
     train = _load(spin.train_ds, tokenizer, context_length)
     validation = _load(spin.validation_ds, tokenizer, context_length) if spin.validation_ds else None
-    stop_ids(tokenizer, train.has_chat)
-    memory = estimate(architecture, spin, train.report.longest, context_length, len(train))
+    memory = estimate(architecture, spin, max(report.longest for report in train.reports), context_length, len(train))
     check_fits(memory, spin)
     _check_loggers(cfg.exp_manager)
     return Inputs(spin, run_dir, resume_from, context_length, train, validation, memory)
@@ -97,7 +95,13 @@ def _load(cfg: DatasetConfig, tokenizer: TextTokenizer, context_length: int) -> 
         label_key=cfg.label_key,
         add_bos=cfg.add_bos,
         add_eos=cfg.add_eos,
+        chat_prompt_tokens=cfg.chat_prompt_tokens,
         overlong=cfg.overlong,
+        truncation_field=cfg.truncation_field,
+        truncation_method=cfg.truncation_method,
+        on_bad_record=cfg.on_bad_record,
+        weights=cfg.weights,
+        cache_dir=cfg.cache_dir,
     )
 
 
@@ -116,11 +120,12 @@ def train(cfg: DictConfig) -> Path | None:
         reporter = Reporter(_is_main(), log)
         reporter.say(f"Layout: {parallel}; {inputs.memory}")
         for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
-            reporter.say(str(dataset.report))
+            for report in dataset.reports:
+                reporter.say(str(report))
         with open_dict(cfg):
             cfg.model.precision = spin.precision
         model = MegatronGPTSPINModel.restore_from(spin.restore_from_path, override_config_path=cfg.model)
-        model.prepare_training(spin, inputs.context_length, inputs.train_dataset.has_chat)
+        model.prepare_training(spin, inputs.context_length, inputs.train_dataset.stop_ids)
         trainer = SPINTrainer(
             spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, time_limit
         )

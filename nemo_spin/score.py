@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_spin.data.formats import RecordEncoder
-from nemo_spin.data.jsonl import read_jsonl
+from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError, UserError
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.steps import response_logps
@@ -56,7 +56,7 @@ def score(
             model.tokenizer, prompt_template=prompt_template, label_key=label_key, add_bos=add_bos, add_eos=add_eos
         )
         # All lines are checked before the first is scored.
-        lines = [_encode(encoder, record, f"{data}:{line}", model) for line, record in read_jsonl(data)]
+        lines = [_encode(encoder, record, where, model) for where, record in read_records(data)]
         batching = model.batching(micro_batch_size)
         with _whole_file(Path(output), is_main) as file, tqdm(total=len(lines), disable=not is_main) as bar:
             for chunk in _chunks(lines):
@@ -73,7 +73,8 @@ def score(
 def _encode(
     encoder: RecordEncoder, record: dict, where: str, model: MegatronGPTSPINModel
 ) -> tuple[Sequence[int], Sequence[int]]:
-    prompt_ids, response_ids = encoder.encode(record, where)
+    encoded = encoder.encode(record, where)
+    prompt_ids, response_ids = encoded.prompt_ids, encoded.response_ids
     length, limit = len(prompt_ids) + len(response_ids), model.architecture.max_sequence_length
     if length > limit:
         raise DataError(f"{where}: prompt and response have {length} tokens, the model takes {limit}: shorten them.")

@@ -6,9 +6,12 @@ NeMo is imported when a tokenizer is built: it takes seconds, and configurations
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,22 @@ class NeMoTokenizer:
             # NeMo's legacy sentencepiece knows only the roles that were configured; the model may know more.
             found = getattr(self._tokenizer.tokenizer, f"{role}_id")()
         return None if found is None or found < 0 else int(found)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Made of the tokenizer's files, of what its description adds to them, and of the versions of its library."""
+        description = self._description
+        packages = ("transformers", "tokenizers") if self._is_huggingface else ("sentencepiece",)
+        parts = [
+            description.library,
+            description.legacy,
+            description.special_tokens,
+            description.chat_template,
+            description.use_fast,
+            [(package, version(package)) for package in packages],
+            [hashlib.sha256(content).hexdigest() for _, content in sorted(self._files.items())],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; no special tokens are added."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from nemo_spin.checkpoint.training import Retention, RunState, TrainingCheckpoints
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
-from nemo_spin.data.order import epoch_order, index_batches, num_batches
+from nemo_spin.data.order import epoch_order, epoch_size, index_batches, num_batches
 from nemo_spin.losses import check_policy_equals_reference
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.progress import Progress
@@ -144,7 +144,12 @@ class SPINTrainer:
             start = min(done, self._batches_per_epoch)
             done -= start
             order = epoch_order(
-                len(self.train_dataset), self.cfg.seed, self.progress.iteration, epoch, self.cfg.train_ds.shuffle
+                self.train_dataset.shares,
+                self.cfg.seed,
+                self.progress.iteration,
+                epoch,
+                self.cfg.train_ds.shuffle,
+                self.cfg.loop.max_epochs,
             )
             for indices in index_batches(order, self.cfg.global_batch_size, start, self._batches_per_epoch):
                 yield Batch(epoch, indices)
@@ -303,7 +308,8 @@ class SPINTrainer:
 
     @property
     def _batches_per_epoch(self) -> int:
-        return num_batches(len(self.train_dataset), self.cfg.global_batch_size, self.cfg.loop.limit_train_batches)
+        num_examples = epoch_size(self.train_dataset.shares)
+        return num_batches(num_examples, self.cfg.global_batch_size, self.cfg.loop.limit_train_batches)
 
     @property
     def _steps_per_iteration(self) -> int:

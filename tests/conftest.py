@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+
+# The processes that tests start inherit it: no test finds what an earlier run has tokenized.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nemo_spin_tests_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,10 @@ from typing import Any
 
 from nemo_spin.errors import ConfigError
 
-_DATASET = "file_path prompt_template label_key add_bos add_eos add_sep max_seq_length shuffle overlong"
+_DATASET = (
+    "file_path prompt_template label_key add_bos add_eos add_sep max_seq_length shuffle overlong truncation_field "
+    "truncation_method on_bad_record"
+)
 _RECOMPUTE = "activations_checkpoint_granularity activations_checkpoint_method activations_checkpoint_num_layers"
 
 # section -> keys that are read, here or by NeMo's exp_manager
@@ -47,8 +50,9 @@ KEYS: dict[str, frozenset[str]] = {
         "model.spin.length_params": "max_length min_length",
         "model.optim": "name lr weight_decay betas eps sched",
         "model.optim.sched": "name warmup_steps constant_steps min_lr",
-        "model.data": "train_ds validation_ds",
-        "model.data.train_ds": _DATASET,
+        "model.data": "train_ds validation_ds cache_dir chat_prompt_tokens",
+        "model.data.chat_prompt_tokens": "system_turn_start turn_start label_start end_of_turn end_of_name",
+        "model.data.train_ds": f"{_DATASET} weights",
         "model.data.validation_ds": _DATASET,
         "model.tokenizer": "library type model",
     }.items()
@@ -83,10 +87,6 @@ def _same_as(*path: str) -> Rule:
         return value is None or value == other
 
     return rule
-
-
-def _unused_chat_tokens(value: Any, cfg: Mapping[str, Any]) -> bool:
-    return not value or not cfg["model"]["data"].get("chat", True)
 
 
 # key -> (the values that it may have, what is so in any case)
@@ -134,14 +134,13 @@ _IGNORED: dict[str, tuple[Rule, str]] = {
         ).split()
     },
     "model.data.chat": (_any, "a record's keys say what it is"),
-    "model.data.chat_prompt_tokens": (_unused_chat_tokens, "the tokenizer's chat template writes conversations"),
     "model.data.sample": (_one_of(False, None), "every example is used once in an epoch"),
-    "model.data.num_workers": (_any, "the data is tokenized once and kept in memory"),
+    "model.data.num_workers": (_any, "the data is tokenized once and kept on disk"),
     "model.data.dataloader_type": (_one_of("single", None), "every example is used once in an epoch"),
     "model.data.reset_position_ids": (_one_of(False, None), "examples are not packed"),
     "model.data.reset_attention_mask": (_one_of(False, None), "examples are not packed"),
     "model.data.eod_mask_loss": (_one_of(False, None), "the stop token is part of the response"),
-    "model.data.data_impl": (_one_of("jsonl", None), "data files are JSONL"),
+    "model.data.data_impl": (_one_of("jsonl", None), "a file's first bytes say what it is"),
     "model.data.splits_string": (_one_of(None), "train_ds and validation_ds name their files"),
     "model.data.data_prefix": (_one_of(None), "train_ds and validation_ds name their files"),
     "model.data.seq_length": (_same_as("model", "encoder_seq_length"), "model.encoder_seq_length is what counts"),
@@ -151,19 +150,17 @@ _IGNORED: dict[str, tuple[Rule, str]] = {
         f"model.data.{dataset}.{key}": rule
         for dataset in ("train_ds", "validation_ds")
         for key, rule in {
-            "memmap_workers": (_any, "the data is tokenized once and kept in memory"),
-            "hf_dataset": (_any, "the data is tokenized once and kept in memory"),
+            "memmap_workers": (_any, "the data is tokenized once and kept on disk"),
+            "hf_dataset": (_any, "the data is tokenized once and kept on disk"),
             "index_mapping_dir": (_any, "there are no index files"),
-            "num_workers": (_any, "the data is tokenized once and kept in memory"),
+            "num_workers": (_any, "the data is tokenized once and kept on disk"),
             "min_seq_length": (_one_of(None, 0, 1), "no example is dropped for being short"),
             "drop_last": (_any, "the last batch of an epoch may be smaller, no example is left out"),
-            "truncation_field": (_any, "nothing is truncated"),
-            "truncation_method": (_any, "nothing is truncated"),
             "output_original_text": (_any, "generated responses are kept with their texts"),
             "global_batch_size": (_same_as("model", "global_batch_size"), "model.global_batch_size is what counts"),
             "micro_batch_size": (_same_as("model", "micro_batch_size"), "model.micro_batch_size is what counts"),
-            "file_names": (_one_of(None), "file_path names the one file"),
-            "concat_sampling_probabilities": (_one_of(None), "file_path names the one file"),
+            "file_names": (_one_of(None), "file_path names the files"),
+            "concat_sampling_probabilities": (_one_of(None), "train_ds.weights says how much of each file is used"),
         }.items()
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +25,9 @@ from nemo_spin.config.schema import (
     TokenizerConfig,
 )
 from nemo_spin.config.values import Section
-from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE, check_template
+from nemo_spin.data.conversations import ChatPromptTokens
+from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
+from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE, check_template, check_truncation_field
 from nemo_spin.errors import ConfigError
 
 _PRECISIONS = {
@@ -80,8 +83,8 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
         spin=spin,
         parallel=parallel,
         optim=_optim(model.section("optim"), loop.max_iterations),
-        train_ds=_dataset(data.section("train_ds"), shuffle=True),
-        validation_ds=_dataset(validation, shuffle=False) if validation.get("file_path") is not None else None,
+        train_ds=_dataset(data.section("train_ds"), data, shuffle=True),
+        validation_ds=_dataset(validation, data, shuffle=False) if validation.get("file_path") is not None else None,
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         encoder_seq_length=model.optional_integer("encoder_seq_length", minimum=2),
@@ -254,24 +257,51 @@ def _optim(section: Section, max_iterations: int) -> OptimConfig:
     )
 
 
-def _dataset(section: Section, shuffle: bool) -> DatasetConfig:
+def _dataset(section: Section, data: Section, shuffle: bool) -> DatasetConfig:
     if section.flag("add_sep", False):
         raise section.error("add_sep", "only false is supported")
+    file_path = section.paths("file_path")
     dataset = DatasetConfig(
-        file_path=section.path("file_path"),
+        file_path=file_path,
         prompt_template=section.text("prompt_template", DEFAULT_TEMPLATE),
         label_key=section.text("label_key", DEFAULT_LABEL_KEY),
         add_bos=section.flag("add_bos", False),
         add_eos=section.flag("add_eos", True),
         max_seq_length=section.optional_integer("max_seq_length", minimum=2),
         shuffle=section.flag("shuffle", shuffle),
-        overlong=section.choice("overlong", ("refuse", "drop"), "refuse"),
+        overlong=section.choice("overlong", OVERLONG, "refuse"),
+        truncation_field=section.text("truncation_field", None),
+        truncation_method=section.choice("truncation_method", TRUNCATION_METHODS, "right"),
+        on_bad_record=section.choice("on_bad_record", ON_BAD_RECORD, "error"),
+        weights=_weights(section, len(file_path)),
+        chat_prompt_tokens=_chat_prompt_tokens(data.section("chat_prompt_tokens")),
+        cache_dir=data.text("cache_dir", None),
     )
     try:
         check_template(dataset.prompt_template, dataset.label_key)
+        if dataset.overlong == "truncate":
+            if dataset.truncation_field is None:
+                raise ConfigError("overlong: truncate needs a truncation_field, the field that may be cut.")
+            check_truncation_field(dataset.truncation_field, dataset.prompt_template, dataset.label_key)
     except ConfigError as error:
         raise ConfigError(f"{section.name}: {error}") from None
     return dataset
+
+
+def _weights(section: Section, num_files: int) -> tuple[float, ...] | None:
+    if section.get("weights") is None:
+        return None
+    weights = section.numbers("weights", ())
+    if len(weights) != num_files or not all(weight > 0 for weight in weights):
+        raise section.error(
+            "weights", f"give a number above 0 for each file of file_path, of which there are {num_files}"
+        )
+    return weights
+
+
+def _chat_prompt_tokens(section: Section) -> ChatPromptTokens:
+    names = [part.name for part in fields(ChatPromptTokens)]
+    return ChatPromptTokens(**{name: section.text(name, getattr(ChatPromptTokens(), name)) for name in names})
 
 
 def _tokenizer(section: Section) -> TokenizerConfig | None:

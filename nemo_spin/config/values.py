@@ -106,6 +106,15 @@ class Section:
     def path(self, key: str) -> str:
         return self.text(key, _REQUIRED)
 
+    def paths(self, key: str) -> tuple[str, ...]:
+        """One path, or a list of at least one."""
+        if not isinstance(self.get(key), Sequence) or isinstance(self.get(key), str):
+            return (self.path(key),)
+        paths = self.strings(key)
+        if not paths:
+            raise self.error(key, "name at least one file")
+        return paths
+
     def strings(self, key: str) -> tuple[str, ...]:
         value = self.get(key, ())
         if isinstance(value, str) or not isinstance(value, Sequence) or not all(_is_text(text) for text in value):

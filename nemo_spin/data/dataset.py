@@ -1,88 +1,96 @@
-"""A data set in memory: all examples of a file, tokenized once and stored flat."""
+"""A data set: all examples of its files, tokenized once, kept on disk and read from there when they are needed."""
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
-from nemo_spin.data.formats import RecordEncoder, is_chat
-from nemo_spin.data.jsonl import read_jsonl
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from nemo_spin.data.cache import UnusableEntryError, key_of, open_or_make
+from nemo_spin.data.conversations import ChatPromptTokens
+from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.load_report import LoadReport
+from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG
+from nemo_spin.data.order import Share
+from nemo_spin.data.records import identity_of, place_of, read_records
+from nemo_spin.data.store import ExampleStore, ExampleWriter
 from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, DataError
 from nemo_spin.pairs import Example
 
-_LINES_SHOWN = 5
+# Part of every cache entry's name: to be raised when the same record may become other tokens than before.
+_VERSION = 1
+_EXAMPLES, _REPORT = "examples.arrow", "report.json"
 
 
 @dataclass(frozen=True, slots=True)
-class LoadReport:
-    """What became of a file's examples. `str()` says it in one line.
+class TokenizedFile:
+    """One data file, tokenized."""
 
-    dropped_prompt: dropped because the prompt alone leaves no room for a generated token.
-    dropped_response: dropped because prompt and response together are longer than `max_seq_length`.
-    longest: length of the longest example read, in tokens.
-    """
-
-    path: str
-    read: int
-    dropped_prompt: int
-    dropped_response: int
-    longest: int
-    max_seq_length: int
-
-    @property
-    def kept(self) -> int:
-        return self.read - self.dropped_prompt - self.dropped_response
-
-    def __str__(self) -> str:
-        line = f"{self.path}: read {self.read} examples, longest {self.longest} tokens"
-        if self.kept == self.read:
-            return line
-        return (
-            f"{line}; kept {self.kept}, dropped {self.read - self.kept} longer than {self.max_seq_length} "
-            f"({self.dropped_prompt} by their prompt alone, {self.dropped_response} with their response)"
-        )
+    examples: ExampleStore
+    report: LoadReport
 
 
 class SFTDataset:
     """Prompts with their human responses. `dataset[i]` is the Example with index i, for i from 0 to len - 1.
 
-    report: what was read and dropped.
-    has_chat: whether any example is a conversation, so that generation stops at the chat template's end of turn too.
+    reports: what was read and left out, for each file.
+    shares: how much of each file belongs to an epoch, in the order of the examples. See `order.epoch_order`.
+    stop_ids: the ids at which generation stops for examples like these.
     """
 
-    def __init__(self) -> None:
-        self.report: LoadReport
-        self.has_chat = False
-        # One flat int32 array: example i is ids[starts[i]:starts[i + 1]], its response from responses[i] on.
-        self._ids = array("i")
-        self._starts = array("q", [0])
-        self._responses = array("q")
-
-    def append(self, prompt_ids: list[int], response_ids: list[int]) -> None:
-        self._ids.extend(prompt_ids)
-        self._responses.append(len(self._ids))
-        self._ids.extend(response_ids)
-        self._starts.append(len(self._ids))
+    def __init__(self, files: Sequence[TokenizedFile], weights: Sequence[float], stop_ids: frozenset[int]) -> None:
+        self.reports = tuple(file.report for file in files)
+        self.shares = tuple(Share(len(file.examples), weight) for file, weight in zip(files, weights, strict=True))
+        self.stop_ids = stop_ids
+        self._stores = [file.examples for file in files]
+        self._length = sum(map(len, self._stores))
 
     def __len__(self) -> int:
-        return len(self._responses)
+        return self._length
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        start, response, end = self._starts[index], self._responses[index], self._starts[index + 1]
-        return Example(index, tuple(self._ids[start:response]), tuple(self._ids[response:end]))
+        store, row = self._find(index)
+        return Example(index, *store.prompt_and_response(row))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
+    def given_rejected(self, index: int) -> tuple[int, ...] | None:
+        """The rejected response that came with the example's record, in token ids; None where there is none.
+
+        Prompt and response are at most `max_seq_length` long, so that it may have been cut off: then it has no stop
+        token at its end, like a generated one.
+        """
+        store, row = self._find(index)
+        return store.rejected(row)
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Number of tokens of every prompt and of every response, its stop token included: int32 [len] each."""
+        prompts, responses = zip(*(store.lengths() for store in self._stores), strict=True)
+        return np.concatenate(prompts), np.concatenate(responses)
+
+    def _find(self, index: int) -> tuple[ExampleStore, int]:
+        if not 0 <= index < self._length:
+            raise IndexError(f"example {index} of {self._length}")
+        row = index
+        for store in self._stores:
+            if row < len(store):
+                break
+            row -= len(store)
+        return store, row
+
 
 def load_dataset(
-    file_path: str | PathLike[str],
+    file_path: str | PathLike[str] | Sequence[str | PathLike[str]],
     tokenizer: TextTokenizer,
     *,
     max_seq_length: int,
@@ -90,53 +98,131 @@ def load_dataset(
     label_key: str = DEFAULT_LABEL_KEY,
     add_bos: bool = False,
     add_eos: bool = True,
+    chat_prompt_tokens: ChatPromptTokens | None = None,
     overlong: str = "refuse",
+    truncation_field: str | None = None,
+    truncation_method: str = "right",
+    on_bad_record: str = "error",
+    weights: Sequence[float] | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    refuse: bool = True,
 ) -> SFTDataset:
-    """Read and tokenize a JSONL file; each record's format is found from its keys (see `formats`).
+    """Read and tokenize files, or open what an earlier call has made of them; the formats are those of `formats`.
 
+    file_path: a file or several; see `records.read_records` for the kinds of file.
     max_seq_length: most tokens of prompt and response together. A prompt must leave room for one generated token.
-    overlong: "refuse" a file with a longer example, or "drop" such examples and count them in `report`. None is cut.
+    overlong: "refuse" a file with a longer example, "drop" such examples and count them, or "truncate" template records
+        in their `truncation_field` (names with commas between them) at the end that `truncation_method` names.
+    on_bad_record: "error", or "skip" records that cannot be used and count them by reason.
+    weights: passes over each file in an epoch; None for one each.
+    cache_dir: where the tokens are kept; None for `cache.default_cache_dir`.
+    refuse: False to take what can be used and leave out the rest, whatever `overlong` and `on_bad_record` say; then the
+        reports tell it all, and `LoadReport.refuse` raises what would be raised here.
 
-    Raises ConfigError for a template or option that cannot be used, DataError for a file or line that cannot.
+    Raises ConfigError for an option that cannot be used, DataError for a file or record that cannot.
     """
-    if overlong not in ("refuse", "drop"):
-        raise ConfigError(f"overlong is {overlong!r}: use refuse or drop")
-    encoder = RecordEncoder(
-        tokenizer, prompt_template=prompt_template, label_key=label_key, add_bos=add_bos, add_eos=add_eos
-    )
-    dataset = SFTDataset()
-    read = dropped_prompt = longest = 0
-    overlong_lines: list[int] = []
-    for line, record in read_jsonl(file_path):
-        prompt_ids, response_ids = encoder.encode(record, f"{file_path}:{line}")
-        length = len(prompt_ids) + len(response_ids)
-        read += 1
-        longest = max(longest, length)
-        if length > max_seq_length:
-            overlong_lines.append(line)
-            dropped_prompt += len(prompt_ids) >= max_seq_length
-            continue
-        dataset.has_chat |= is_chat(record)
-        dataset.append(prompt_ids, response_ids)
+    paths = [file_path] if isinstance(file_path, str | PathLike) else list(file_path)
+    _check_options(overlong, on_bad_record, truncation_field, len(paths), weights)
+    options: dict[str, Any] = {
+        "prompt_template": prompt_template,
+        "label_key": label_key,
+        "add_bos": add_bos,
+        "add_eos": add_eos,
+        "chat_prompt_tokens": chat_prompt_tokens or ChatPromptTokens(),
+        "truncation_field": truncation_field if overlong == "truncate" else None,
+        "truncation_method": truncation_method,
+    }
+    encoder = RecordEncoder(tokenizer, **options)
+    options |= {"chat_prompt_tokens": asdict(options["chat_prompt_tokens"]), "max_seq_length": max_seq_length}
+    files = []
+    for path in paths:
+        key = key_of(_VERSION, tokenizer.fingerprint, identity_of(path), options)
+        file = open_or_make(
+            cache_dir,
+            key,
+            lambda directory, path=path: _tokenize(
+                path, encoder, max_seq_length, overlong == "truncate", on_bad_record == "skip" or not refuse, directory
+            ),
+            _open,
+        )
+        file.report.path = str(path)
+        if refuse:
+            file.report.refuse(overlong, on_bad_record)
+        files.append(file)
+    kinds = {kind for file in files for kind in file.report.formats}
+    return SFTDataset(files, weights or [1.0] * len(files), encoder.stop_ids(kinds))
 
-    if overlong_lines and overlong == "refuse":
-        shown = ", ".join(map(str, overlong_lines[:_LINES_SHOWN])) + (", ..." * (len(overlong_lines) > _LINES_SHOWN))
-        raise DataError(
-            f"{file_path}: {len(overlong_lines)} of {read} examples are longer than max_seq_length = {max_seq_length} "
-            f"tokens ({dropped_prompt} by their prompt alone), at line {shown}, the longest {longest}: "
-            "raise max_seq_length as far as the model goes, or set overlong: drop"
-        )
-    if not len(dataset):
-        raise DataError(
-            f"{file_path}: all {read} examples are longer than max_seq_length = {max_seq_length} tokens, "
-            f"the longest {longest}: raise max_seq_length or shorten the data"
-        )
-    dataset.report = LoadReport(
-        path=str(file_path),
-        read=read,
-        dropped_prompt=dropped_prompt,
-        dropped_response=len(overlong_lines) - dropped_prompt,
-        longest=longest,
-        max_seq_length=max_seq_length,
-    )
-    return dataset
+
+def _check_options(
+    overlong: str, on_bad_record: str, truncation_field: str | None, num_files: int, weights: Sequence[float] | None
+) -> None:
+    if overlong not in OVERLONG:
+        raise ConfigError(f"overlong is {overlong!r}: use refuse, drop or truncate")
+    if on_bad_record not in ON_BAD_RECORD:
+        raise ConfigError(f"on_bad_record is {on_bad_record!r}: use error or skip")
+    if overlong == "truncate" and not truncation_field:
+        raise ConfigError("overlong: truncate needs a truncation_field, the field of prompt_template that may be cut")
+    if not num_files:
+        raise ConfigError("file_path names no file: name at least one")
+    if weights is not None and (len(weights) != num_files or not all(weight > 0 for weight in weights)):
+        raise ConfigError(f"weights are {list(weights)}: give a number above 0 for each of the {num_files} files")
+
+
+def _tokenize(
+    path: str | PathLike[str],
+    encoder: RecordEncoder,
+    max_seq_length: int,
+    truncate: bool,
+    skip: bool,
+    directory: Path,
+) -> None:
+    """Write a file's examples that fit, and its report, into a cache entry's directory."""
+    report = LoadReport(str(path), max_seq_length)
+
+    def skip_record(where: str, error: DataError) -> None:
+        report.skip(where, place_of(where, path), error)
+
+    records = read_records(path, skip_record if skip else None)
+    bar = tqdm(records, desc=f"Tokenizing {Path(path).name}", unit=" records", delay=2, leave=False, disable=None)
+    with ExampleWriter(directory / _EXAMPLES) as writer:
+        for where, record in bar:
+            try:
+                encoded = encoder.encode(record, where, max_seq_length if truncate else None)
+            except DataError as error:
+                if not skip:
+                    raise
+                skip_record(where, error)
+                continue
+            room = max_seq_length - len(encoded.prompt_ids)
+            length = len(encoded.prompt_ids) + len(encoded.response_ids)
+            report.read += 1
+            report.longest = max(report.longest, length + encoded.cut)
+            if length > max_seq_length:
+                report.dropped.add(place_of(where, path))
+                report.dropped_prompt += room <= 0
+                continue
+            rejected = encoded.rejected_ids
+            if rejected is not None and len(rejected) > room:
+                rejected = rejected[:room]
+                report.cut_rejected += 1
+            if encoded.cut:
+                report.truncated.add(place_of(where, path))
+            report.formats[encoded.kind] = report.formats.get(encoded.kind, 0) + 1
+            writer.append(encoded.prompt_ids, encoded.response_ids, rejected)
+    stored = {"bytes": (directory / _EXAMPLES).stat().st_size, "report": report.to_json()}
+    (directory / _REPORT).write_text(json.dumps(stored, indent=1), encoding="utf-8")
+
+
+def _open(directory: Path) -> TokenizedFile:
+    """A cache entry. Raises UnusableEntryError unless it is whole."""
+    try:
+        stored = json.loads((directory / _REPORT).read_text(encoding="utf-8"))
+        report = LoadReport.from_json(stored["report"])
+        if (directory / _EXAMPLES).stat().st_size != stored["bytes"]:
+            raise UnusableEntryError
+        examples = ExampleStore(directory / _EXAMPLES)
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnusableEntryError from error
+    if len(examples) != report.kept:
+        raise UnusableEntryError
+    return TokenizedFile(examples, report)

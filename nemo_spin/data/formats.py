@@ -1,40 +1,65 @@
 """One record of a data file to the token ids of its prompt and of its response.
 
-Three kinds of record, told apart by their keys:
+The kinds of record, told apart by their keys:
 - {"prompt_ids": [...], "response_ids": [...]}: token ids, used as they are;
 - {"messages": [{"role", "content"}, ...]}: a conversation in OpenAI's form, rendered by the tokenizer's chat template;
+- {"real": [messages], "generated": [messages]}: the SPIN release's pairs; the second is a rejected response;
+- {"conversations": [{"from", "value"}, ...]}: NeMo's chat records, rendered with `chat_prompt_tokens`;
 - anything else: NeMo's SFT records, such as {"input", "output"}, filled into `prompt_template`.
+
+A key that `prompt_template` names is a field of the template.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
-from reprlib import repr as shortened
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
-from nemo_spin.data.chat import StopToken, find_end_of_turn, stop_ids
-from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE, check_template, fill_template, parse_template
+from nemo_spin.data.chat import ChatFormat
+from nemo_spin.data.conversations import ChatPromptTokens, ConversationFormat
+from nemo_spin.data.options import TRUNCATION_METHODS
+from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE
+from nemo_spin.data.template_records import TemplateFormat
 from nemo_spin.data.tokenizer import TextTokenizer
+from nemo_spin.data.values import ids_of, text_of
 from nemo_spin.errors import ConfigError, DataError
 
-__all__ = ["RecordEncoder", "check_template", "has_ids", "is_chat", "stop_ids"]
+IDS, MESSAGES, PAIRS, CONVERSATIONS, TEMPLATE = "token ids", "messages", "real/generated", "conversations", "template"
 
-PromptAndResponse = tuple[list[int], list[int]]
+_MARKS = {
+    "prompt_ids": IDS,
+    "response_ids": IDS,
+    "real": PAIRS,
+    "generated": PAIRS,
+    "messages": MESSAGES,
+    "conversations": CONVERSATIONS,
+}
 
-_ROLES = ("system", "user", "assistant")
-_TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A record in tokens.
 
-def is_chat(record: dict[str, Any]) -> bool:
-    return "messages" in record and not has_ids(record)
+    prompt_ids, response_ids: at least one each; the response includes its stop token.
+    rejected_ids: a response that came with the record as the worse one, None where there is none.
+    kind: the format it was found to have.
+    cut: number of tokens that its fields have lost.
+    """
 
+    prompt_ids: list[int]
+    response_ids: list[int]
+    rejected_ids: list[int] | None
+    kind: str
+    cut: int = 0
 
-def has_ids(record: dict[str, Any]) -> bool:
-    return "prompt_ids" in record or "response_ids" in record
+    @property
+    def is_chat(self) -> bool:
+        return self.kind in (MESSAGES, PAIRS, CONVERSATIONS)
 
 
 class RecordEncoder:
-    """Records to token ids, with one tokenizer and one template. Nothing is truncated."""
+    """Records to token ids, with one tokenizer and one set of options."""
 
     def __init__(
         self,
@@ -44,142 +69,122 @@ class RecordEncoder:
         label_key: str = DEFAULT_LABEL_KEY,
         add_bos: bool = False,
         add_eos: bool = True,
+        chat_prompt_tokens: ChatPromptTokens | None = None,
+        truncation_field: str | None = None,
+        truncation_method: str = "right",
     ) -> None:
         """`add_bos` and `add_eos` are for template records: a chat template writes its own special tokens.
 
-        Raises ConfigError for a template that cannot be used, and for `add_bos` without a BOS token.
-        """
-        self.tokenizer = tokenizer
-        self.parts = parse_template(prompt_template, label_key)
-        self.label_key = label_key
-        self.add_eos = add_eos
-        self.bos_ids: list[int] = []
-        if add_bos:
-            if tokenizer.bos_id is None:
-                raise ConfigError("add_bos is true and the tokenizer has no BOS token: set add_bos: false")
-            self.bos_ids = [tokenizer.bos_id]
+        truncation_field, truncation_method: fields of template records that `encode` may cut, and at which end.
 
-    def encode(self, record: dict[str, Any], where: str) -> PromptAndResponse:
-        """(prompt ids, response ids), neither of them empty; the response includes its stop token.
+        Raises ConfigError for a template or option that cannot be used.
+        """
+        if truncation_method not in TRUNCATION_METHODS:
+            raise ConfigError(f"truncation_method is {truncation_method!r}: use left or right")
+        self.tokenizer = tokenizer
+        self._template = TemplateFormat(
+            tokenizer, prompt_template, label_key, add_bos, add_eos, truncation_field, truncation_method
+        )
+        self._chat = ChatFormat(tokenizer)
+        self._conversations = ConversationFormat(tokenizer, chat_prompt_tokens or ChatPromptTokens())
+        self._seen: set[str] = set()
+
+    def kind(self, record: dict[str, Any]) -> str:
+        """The format of a record."""
+        fields = self._template.keys
+        return next((kind for key, kind in _MARKS.items() if key in record and key not in fields), TEMPLATE)
+
+    def encode(self, record: dict[str, Any], where: str, max_length: int | None = None) -> Encoded:
+        """The record in tokens.
+
+        max_length: most tokens of prompt and response. What is longer is cut where `truncation_field` allows it, and is
+        too long afterwards where it does not. None: nothing is cut.
 
         Raises DataError that begins with `where`, the record's file and line.
         """
-        if has_ids(record):
-            prompt, response = (_ids(record, key, self.tokenizer, where) for key in ("prompt_ids", "response_ids"))
-            return prompt, response
-        prompt, response = self._chat(record, where) if is_chat(record) else self._template(record, where)
-        if not prompt:
-            remedy = "give it text" if is_chat(record) else "fill it, or set add_bos: true"
-            raise DataError(f"{where}: the prompt is empty, so that nothing predicts the response: {remedy}")
-        if not response:
-            raise DataError(f"{where}: the response is empty: fill {self.label_key!r}, or set add_eos: true")
-        return prompt, response
+        kind = self.kind(record)
+        encoded = self._encode(kind, record, where, max_length)
+        if not encoded.prompt_ids:
+            self._refuse_empty_prompt(kind, where)
+        if not encoded.response_ids:
+            raise DataError(f"{where}: the response has no tokens: fill it, or remove the record")
+        self._seen.add(kind)
+        return encoded
 
-    def _template(self, record: dict[str, Any], where: str) -> PromptAndResponse:
-        values = {}
-        for key in (part.key for part in self.parts if part.key is not None):
-            if key not in record:
-                found = shortened(list(record))
-                raise DataError(
-                    f"{where}: the key {key!r} of prompt_template is missing (the record has {found}): "
-                    "add it, or set prompt_template and label_key"
-                )
-            values[key] = _text(record[key], repr(key), where)
-        strings = fill_template(self.parts, values, self.tokenizer.space_sensitive)
-        *context, response = [self.tokenizer.encode(string) if string else [] for string in strings]
-        stop = [self.tokenizer.eos_id] if self.add_eos else []
-        return self.bos_ids + [token for ids in context for token in ids], response + stop
+    def encode_prompt(self, record: dict[str, Any], where: str) -> list[int]:
+        """The prompt in tokens, for generation. The record need not have a response; one that it has is left out.
 
-    def _chat(self, record: dict[str, Any], where: str) -> PromptAndResponse:
-        messages = _messages(record, where)
-        try:
-            prompt = self.tokenizer.render_chat(messages[:-1], add_generation_prompt=True)
-            conversation = self.tokenizer.render_chat(messages, add_generation_prompt=False)
-            end_of_turn = self._end_of_turn
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        if not conversation.startswith(prompt):
-            raise DataError(
-                f"{where}: the chat template rewrites history: with the answer the conversation begins differently "
-                "from the prompt alone, so that no response can be told apart: use a template that only appends"
+        {"prompt": text} is used as it is. Raises DataError that begins with `where`.
+        """
+        kind = self.kind(record)
+        if kind == IDS:
+            ids = ids_of(record, "prompt_ids", self.tokenizer.vocab_size, where)
+        elif kind == MESSAGES:
+            _refuse_tools(record, where)
+            ids = self._chat.encode_prompt(record["messages"], "messages", where)
+        elif kind == PAIRS:
+            name = "real" if "real" in record else "generated"
+            ids = self._chat.encode_prompt(record[name], name, where)
+        elif kind == CONVERSATIONS:
+            ids = self._conversations.encode_prompt(record, where)
+        elif "prompt" in record and "prompt" not in self._template.keys:
+            ids = self._template.bos_ids + self.tokenizer.encode(text_of(record["prompt"], "'prompt'", where))
+        else:
+            ids = self._template.encode_prompt(record, where)
+        if not ids:
+            self._refuse_empty_prompt(kind, where)
+        self._seen.add(kind)
+        return ids
+
+    def stop_ids(self, kinds: Collection[str] | None = None) -> frozenset[int]:
+        """The ids at which generation stops for records of these kinds; None for those that were encoded so far.
+
+        The end of text, and where conversations have one, the token after a turn. Raises DataError.
+        """
+        kinds = self._seen if kinds is None else kinds
+        ids = {self.tokenizer.eos_id}
+        if {MESSAGES, PAIRS} & set(kinds) and (end := self._chat.end_of_turn):
+            ids.add(end.id)
+        if CONVERSATIONS in kinds:
+            ids.add(self._conversations.stop_id)
+        return frozenset(ids)
+
+    def _encode(self, kind: str, record: dict[str, Any], where: str, max_length: int | None) -> Encoded:
+        if kind == IDS:
+            prompt, response = (
+                ids_of(record, key, self.tokenizer.vocab_size, where) for key in ("prompt_ids", "response_ids")
             )
-        response = conversation[len(prompt) :]
-        stop_id = self.tokenizer.eos_id
-        if end_of_turn is not None and end_of_turn.text in response:
-            response = response[: response.rindex(end_of_turn.text)]
-            stop_id = end_of_turn.id
-        return self.tokenizer.encode(prompt), [*(self.tokenizer.encode(response) if response else []), stop_id]
+            return Encoded(prompt, response, None, kind)
+        if kind == MESSAGES:
+            _refuse_tools(record, where)
+            return Encoded(*self._chat.encode(record["messages"], "messages", where), None, kind)
+        if kind == PAIRS:
+            return self._pair(record, where)
+        if kind == CONVERSATIONS:
+            return Encoded(*self._conversations.encode(record, where), None, kind)
+        prompt, response, cut = self._template.encode(record, where, max_length)
+        return Encoded(prompt, response, None, kind, cut)
 
-    @cached_property
-    def _end_of_turn(self) -> StopToken | None:
-        return find_end_of_turn(self.tokenizer)
+    def _pair(self, record: dict[str, Any], where: str) -> Encoded:
+        for key in ("real", "generated"):
+            if key not in record:
+                raise DataError(f"{where}: {key!r} is missing: a record of pairs needs 'real' and 'generated'")
+        prompt, response = self._chat.encode(record["real"], "real", where)
+        rejected_prompt, rejected = self._chat.encode(record["generated"], "generated", where, may_be_empty=True)
+        if rejected_prompt != prompt:
+            raise DataError(
+                f"{where}: 'real' and 'generated' have different prompts: both must answer the same conversation"
+            )
+        # The SPIN release leaves the text empty where nothing has been generated yet.
+        given = record["generated"][-1]["content"].strip()
+        return Encoded(prompt, response, rejected if given else None, PAIRS)
+
+    def _refuse_empty_prompt(self, kind: str, where: str) -> None:
+        remedy = "fill it, or set add_bos: true" if kind == TEMPLATE else "give it text"
+        raise DataError(f"{where}: the prompt is empty, so that nothing predicts the response: {remedy}")
 
 
-def _text(value: Any, what: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {what} must be a string, found {_kind(value)}: write it as text")
-    if "\0" in value:
-        raise DataError(f"{where}: {what} holds a NUL character: remove it")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {what} holds half of a surrogate pair at character {error.start + 1}: export the file again"
-        ) from None
-    return value
-
-
-def _messages(record: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The conversation, checked: known roles, text contents, an assistant's turn at the end and something before it."""
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: 'messages' must be a list of turns, found {_kind(messages)}")
+def _refuse_tools(record: dict[str, Any], where: str) -> None:
     for key in ("tools", "functions"):
         if record.get(key):
             raise DataError(f"{where}: {key!r} are not supported: remove that record")
-    for number, message in enumerate(messages):
-        turn = f"messages[{number}]"
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: {turn} must be an object with 'role' and 'content', found {_kind(message)}")
-        role = message.get("role")
-        tool_key = next((key for key in _TOOL_KEYS if message.get(key)), None)
-        if role in ("tool", "function"):
-            raise DataError(f"{where}: {turn} is a {role} turn; tool use is not supported: remove that record")
-        if tool_key:
-            raise DataError(f"{where}: {turn} has {tool_key!r}; tool use is not supported: remove that record")
-        if role not in _ROLES:
-            raise DataError(f"{where}: {turn} has the role {shortened(role)}: use one of {', '.join(_ROLES)}")
-        if "content" not in message:
-            raise DataError(f"{where}: {turn} has no 'content': add its text")
-        _text(message["content"], f"{turn}['content']", where)
-    if messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{where}: the last turn is {messages[-1]['role']!r}: a conversation must end with the assistant's response"
-        )
-    if len(messages) == 1:
-        raise DataError(f"{where}: the conversation has only the assistant's turn: put what it answers before it")
-    return messages
-
-
-def _ids(record: dict[str, Any], key: str, tokenizer: TextTokenizer, where: str) -> list[int]:
-    if key not in record:
-        raise DataError(f"{where}: {key!r} is missing: a record of token ids needs 'prompt_ids' and 'response_ids'")
-    ids = record[key]
-    if not isinstance(ids, list) or not ids:
-        raise DataError(f"{where}: {key!r} must be a list of at least one token id, found {_kind(ids)}")
-    for position, token in enumerate(ids):
-        # JSON's true is an int to Python
-        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
-            raise DataError(
-                f"{where}: {key}[{position}] is {shortened(token)}: token ids are integers from 0 to "
-                f"{tokenizer.vocab_size - 1}, for this tokenizer"
-            )
-    return ids
-
-
-def _kind(value: Any) -> str:
-    """What a value is, for a sentence: its JSON type, or that it is empty."""
-    if isinstance(value, list | dict) and not value:
-        return "an empty list" if isinstance(value, list) else "an empty object"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null")

@@ -4,23 +4,65 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.errors import ConfigError
 from nemo_spin.pairs import Example
 
 
-def epoch_order(num_examples: int, seed: int, iteration: int, epoch: int, shuffle: bool) -> Tensor:
-    """Indices of the examples in the order of one epoch: a permutation, int64 [num_examples] on the CPU."""
-    if not shuffle:
-        return torch.arange(num_examples)
-    digest = hashlib.sha256(f"data order {seed} {iteration} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randperm(num_examples, generator=generator)
+class Examples(Protocol):
+    """What a data set has to have to be cut into batches."""
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How much of a file belongs to an epoch.
+
+    num_examples: of the file. weight: passes over it, above 0: 0.5 for half of its examples, 2.0 for all of them twice.
+    """
+
+    num_examples: int
+    weight: float
+
+    @property
+    def per_epoch(self) -> int:
+        """Examples of an epoch that come from this file, at least one."""
+        return max(1, round(self.num_examples * self.weight))
+
+
+def epoch_size(shares: Sequence[Share]) -> int:
+    """Number of examples in an epoch, those counted twice that are seen twice."""
+    return sum(share.per_epoch for share in shares)
+
+
+def epoch_order(
+    shares: int | Sequence[Share], seed: int, iteration: int, epoch: int, shuffle: bool, max_epochs: int = 1
+) -> Tensor:
+    """Indices of the examples in the order of one epoch: int64 [epoch_size] on the CPU.
+
+    shares: of the files whose examples follow each other; or the number of examples, each of which comes once.
+    max_epochs: of an iteration. Of a file with a fractional weight every epoch of the run takes up where the one before
+        has left, so that all its examples come before any of them does again.
+    """
+    files = [Share(shares, 1.0)] if isinstance(shares, int) else shares
+    order = f"data order {seed} {iteration} {epoch}"
+    if all(file.per_epoch == file.num_examples for file in files):
+        size = epoch_size(files)
+        return _permutation(size, order) if shuffle else torch.arange(size)
+    epochs_before = iteration * max_epochs + epoch
+    chosen, first = [], 0
+    for number, file in enumerate(files):
+        chosen.append(first + _chosen(file, f"{seed} {number}" if shuffle else None, epochs_before))
+        first += file.num_examples
+    indices = torch.cat(chosen)
+    return indices[_permutation(len(indices), order)] if shuffle else indices
 
 
 def num_batches(num_examples: int, global_batch_size: int, limit: int | float | None = None) -> int:
@@ -53,7 +95,7 @@ def index_batches(
 
 
 def batches(
-    dataset: SFTDataset,
+    dataset: Examples,
     order: Tensor,
     global_batch_size: int,
     start_batch: int = 0,
@@ -62,3 +104,27 @@ def batches(
     """As `index_batches`, with the examples themselves."""
     for indices in index_batches(order, global_batch_size, start_batch, limit_batches):
         yield [dataset[index] for index in indices.tolist()]
+
+
+def _chosen(file: Share, name: str | None, epochs_before: int) -> Tensor:
+    """The file's examples of an epoch, by their position in it: whole passes, and what is left of a fraction.
+
+    name: of the order in which fractions go through the file; None for the file's own.
+    """
+    size = file.num_examples
+    passes, part = divmod(file.per_epoch, size)
+    indices = torch.arange(size).repeat(passes)
+    position, left = epochs_before * part, part
+    while left:
+        turn, start = divmod(position, size)
+        taken = min(left, size - start)
+        order = torch.arange(size) if name is None else _permutation(size, f"data part {name} {turn}")
+        indices = torch.cat([indices, order[start : start + taken]])
+        position, left = position + taken, left - taken
+    return indices
+
+
+def _permutation(size: int, name: str) -> Tensor:
+    digest = hashlib.sha256(name.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(size, generator=generator)

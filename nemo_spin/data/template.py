@@ -38,7 +38,7 @@ def parse_template(template: str, label_key: str) -> tuple[Part, ...]:
     """
     if not isinstance(template, str):
         raise ConfigError(f"prompt_template must be a string, not {type(template).__name__}")
-    text = _ESCAPE.sub(lambda escape: escape[0].encode("ascii").decode("unicode_escape"), template)
+    text = unescape(template)
     parts: list[Part] = []
     end = 0
     for match in _PLACEHOLDER.finditer(text):
@@ -65,6 +65,27 @@ def parse_template(template: str, label_key: str) -> tuple[Part, ...]:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError(f"{where} holds half of a surrogate pair: write the character itself")
     return tuple(parts)
+
+
+def unescape(text: str) -> str:
+    """The text with backslash escapes, such as a literal \\n from a command line, resolved."""
+    return _ESCAPE.sub(lambda escape: escape[0].encode("ascii").decode("unicode_escape"), text)
+
+
+def check_truncation_field(names: str, template: str, label_key: str) -> frozenset[str]:
+    """The fields that `truncation_field` names, with commas between them.
+
+    Raises ConfigError for one that is no field of the prompt: a response is never cut.
+    """
+    fields = frozenset(name.strip() for name in names.split(",") if name.strip())
+    context = [part.key for part in parse_template(template, label_key)[:-1] if part.key]
+    for field in sorted(fields):
+        if field not in context:
+            raise ConfigError(
+                f"truncation_field {field!r} is not a field of the prompt: name some of "
+                f"{', '.join(context) or 'those that prompt_template has before the label'}"
+            )
+    return fields
 
 
 def fill_template(parts: tuple[Part, ...], values: Mapping[str, str], space_sensitive: bool) -> list[str]:

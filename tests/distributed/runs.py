@@ -121,8 +121,8 @@ def training_run(
         OmegaConf.update(base, key, value)
     cfg = parse_config(OmegaConf.to_container(base, resolve=True))
     model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=base.model)
-    model.prepare_training(cfg, context_length=64, chat=False)
     dataset = load_dataset(data, model.tokenizer, max_seq_length=64)
+    model.prepare_training(cfg, context_length=64, stop_ids=dataset.stop_ids)
     reporter = InterruptingReporter(interrupt_after)
     trainer = SPINTrainer(cfg, model, dataset, dataset, Path(run_dir), reporter)
     if resume:

@@ -124,7 +124,25 @@ def test_resolvers_and_plain_mappings() -> None:
         ({"model__peft": {"peft_scheme": "lora"}}, "all parameters are trained"),
         ({"trainer__max_steps": 10}, "trainer.spin.max_steps is what counts"),
         ({"trainer__enable_checkpointing": True}, "trainer.spin.save_interval"),
-        ({"model__data__chat_prompt_tokens": {"end_of_turn": "x"}}, "chat template"),
+        (
+            {"model__data__chat_prompt_tokens": {"turn_end": "x"}},
+            "did you mean model.data.chat_prompt_tokens.turn_start",
+        ),
+        ({"model__data__chat_prompt_tokens": {"turn_start": 1}}, "chat_prompt_tokens.turn_start = 1: use a text"),
+        ({"model__data__train_ds__file_path": []}, "train_ds.file_path = ..: name at least one file"),
+        ({"model__data__train_ds__file_path": ["a", 1]}, "train_ds.file_path = .*list of texts"),
+        ({"model__data__train_ds__weights": [1, 2]}, "train_ds.weights = .1, 2.: .* of which there are 1"),
+        ({"model__data__train_ds__weights": [0]}, "train_ds.weights = .0.: give a number above 0"),
+        ({"model__data__validation_ds__weights": [1]}, "unknown key model.data.validation_ds.weights"),
+        ({"model__data__train_ds__on_bad_record": "ignore"}, "on_bad_record = 'ignore': use one of error, skip"),
+        ({"model__data__train_ds__overlong": "truncate"}, "train_ds: overlong: truncate needs a truncation_field"),
+        (
+            {
+                "model__data__train_ds__overlong": "truncate",
+                "model__data__train_ds__truncation_field": "output",
+            },
+            "train_ds: truncation_field 'output' is not a field of the prompt: name some of input",
+        ),
         ({"model__data__validation_ds__global_batch_size": 3}, "model.global_batch_size is what counts"),
         # what is missing
         ({"pretrained_checkpoint__restore_from_path": None}, "pretrained_checkpoint.restore_from_path is missing"),

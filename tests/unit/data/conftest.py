@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from nemo_spin.errors import DataError
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|end|>", "<b>"]
+SPECIALS += ["<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]
 Render = Callable[[list[dict], bool], str]
 
 
@@ -26,6 +32,7 @@ class CharTokenizer:
 
     eos_id, bos_id, pad_id = 2, 1, 3
     vocab_size = len(SPECIALS) + 1000
+    fingerprint = "characters"
 
     def __init__(self, space_sensitive: bool = True, render: Render | None = chatml) -> None:
         self.space_sensitive = space_sensitive
@@ -55,6 +62,13 @@ class CharTokenizer:
 @pytest.fixture
 def make_tokenizer() -> type[CharTokenizer]:
     return CharTokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where tokenized data go: a place of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "nemo_spin"
 
 
 @pytest.fixture
@@ -90,10 +104,10 @@ def checkpoints() -> Path:
 
 class SentencePiece:
     space_sensitive = False
+    fingerprint = "sentencepiece"
 
-    def __init__(self, path: Path) -> None:
-        sentencepiece = pytest.importorskip("sentencepiece")
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.vocab_size, self.eos_id, self.bos_id = (
             self.model.vocab_size(),
             self.model.eos_id(),
@@ -117,14 +131,10 @@ class SentencePiece:
 
 class HuggingFace:
     space_sensitive = True
+    fingerprint = "huggingface"
 
-    def __init__(self, path: Path) -> None:
-        transformers = pytest.importorskip("transformers")
-        self.model = transformers.PreTrainedTokenizerFast.from_pretrained(path)
-        self.model.chat_template = (
-            "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}assistant:{% endif %}"
-        )
+    def __init__(self, model: PreTrainedTokenizerFast) -> None:
+        self.model = model
         self.vocab_size, self.eos_id, self.bos_id = len(self.model), self.model.eos_token_id, self.model.bos_token_id
         self.pad_id = self.model.pad_token_id
 
@@ -147,9 +157,68 @@ def sentencepiece_tokenizer(checkpoints: Path, tmp_path_factory: pytest.TempPath
     with tarfile.open(checkpoints / "nemo1_llama_sp.nemo") as archive:
         member = next(name for name in archive.getnames() if name.endswith("tokenizer.model"))
         path.write_bytes(archive.extractfile(member).read())
-    return SentencePiece(path)
+    return SentencePiece(sentencepiece.SentencePieceProcessor(model_file=str(path)))
 
 
 @pytest.fixture(scope="session")
 def huggingface_tokenizer(checkpoints: Path) -> HuggingFace:
-    return HuggingFace(checkpoints / "nemo2_llama/context/nemo_tokenizer")
+    model = PreTrainedTokenizerFast.from_pretrained(checkpoints / "nemo2_llama/context/nemo_tokenizer")
+    model.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return HuggingFace(model)
+
+
+CORPUS = [
+    "system user assistant: Hello, how are you? One two three four five.",
+    "é ünïcode \n\n lines\n and <tags>",
+] * 50
+CHAT_SPECIALS = ["</s>", "<|im_start|>", "<|im_end|>", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]
+
+
+@pytest.fixture(scope="session")
+def bpe_model() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", pad_token="</s>")
+    fast.add_special_tokens({"additional_special_tokens": CHAT_SPECIALS[1:]})
+    return fast
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer(bpe_model: PreTrainedTokenizerFast) -> HuggingFace:
+    return HuggingFace(bpe_model)
+
+
+@pytest.fixture(scope="session", params=["nmt_nfkc", "identity"])
+def trained_sentencepiece(request: pytest.FixtureRequest) -> SentencePiece:
+    """Sentencepiece models with NeMo's chat tokens: one folds line breaks into spaces, the other keeps them."""
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=trained,
+        vocab_size=400,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        user_defined_symbols=CHAT_SPECIALS[3:],
+        normalization_rule_name=request.param,
+        remove_extra_whitespaces=request.param != "identity",
+        minloglevel=2,
+    )
+    return SentencePiece(sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue()))
+
+
+@pytest.fixture
+def huggingface_less_bpe(bpe_tokenizer: HuggingFace) -> HuggingFace:
+    """The byte-level tokenizer without NeMo's chat tokens."""
+    plain = PreTrainedTokenizerFast(tokenizer_object=bpe_tokenizer.model.backend_tokenizer, eos_token="</s>")
+    without = HuggingFace(plain)
+    without.id_of = lambda token: None  # type: ignore[method-assign]
+    return without

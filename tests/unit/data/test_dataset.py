@@ -27,22 +27,23 @@ def test_examples_of_mixed_formats(write, tokenizer):
     assert dataset[1] == Example(1, (9, 8, 7), (6,))
     assert tokenizer.decode(dataset[2].response_ids) == "a<|im_end|>"
     assert list(dataset) == [dataset[0], dataset[1], dataset[2]]
-    assert dataset.has_chat
+    assert dataset.stop_ids == {2, 5}
+    assert dataset.reports[0].formats == {"template": 1, "token ids": 1, "messages": 1}
     for index in (-1, 3):
         with pytest.raises(IndexError):
             dataset[index]
 
 
 def test_chat_is_noticed_only_where_it_is_used(write, tokenizer):
-    assert not load_dataset(write(*MIXED[:2]), tokenizer, max_seq_length=100).has_chat
-    assert not load_dataset(write(*MIXED), tokenizer, max_seq_length=10, overlong="drop").has_chat
+    assert load_dataset(write(*MIXED[:2]), tokenizer, max_seq_length=100).stop_ids == {2}
+    assert load_dataset(write(*MIXED), tokenizer, max_seq_length=10, overlong="drop").stop_ids == {2}
 
 
 def test_the_length_limit_is_exact(write, tokenizer):
     path = write(record(7, 3), record(9, 1))
     dataset = load_dataset(path, tokenizer, max_seq_length=10)
     assert [len(example.prompt_ids) for example in dataset] == [7, 9]
-    assert str(dataset.report) == f"{path}: read 2 examples, longest 10 tokens"
+    assert str(dataset.reports[0]) == f"{path}: read 2 examples, longest 10 tokens"
 
 
 OVERLONG = [record(7, 3), record(7, 4), "", record(10, 1), record(2, 2), record(30, 1)]
@@ -66,8 +67,8 @@ def test_overlong_examples_are_dropped_and_counted(write, tokenizer):
         (0, 7, 3),
         (1, 2, 2),
     ]
-    assert dataset.report.kept == 2
-    assert str(dataset.report) == (
+    assert dataset.reports[0].kept == 2
+    assert str(dataset.reports[0]) == (
         f"{path}: read 5 examples, longest 31 tokens; kept 2, dropped 3 longer than 10 "
         "(2 by their prompt alone, 1 with their response)"
     )
@@ -86,7 +87,96 @@ def test_a_bad_line_is_named_by_its_place_in_the_file(write, tokenizer):
 
 
 def test_options_are_checked_before_the_file_is_read(tokenizer):
-    with pytest.raises(ConfigError, match="use refuse or drop"):
-        load_dataset("nowhere", tokenizer, max_seq_length=9, overlong="truncate")
+    for options, says in [
+        ({"overlong": "cut"}, "use refuse, drop or truncate"),
+        ({"overlong": "truncate"}, "needs a truncation_field"),
+        ({"on_bad_record": "ignore"}, "use error or skip"),
+        ({"weights": [1, 2]}, "for each of the 1 files"),
+        ({"weights": [0]}, "above 0"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            load_dataset("nowhere", tokenizer, max_seq_length=9, **options)
+    with pytest.raises(ConfigError, match="names no file"):
+        load_dataset([], tokenizer, max_seq_length=9)
     with pytest.raises(ConfigError, match="prompt_template"):
         load_dataset("nowhere", tokenizer, max_seq_length=9, prompt_template="{input}")
+
+
+# records that cannot be used
+
+BAD = ['{"input": "x"}', "[]", b"\xff", '{"input": "x", "output": ""}', '{"input": "y"}', '{"prompt_ids": [1, 9999]}']
+
+
+def test_bad_records_are_skipped_and_counted_by_reason(write, tokenizer):
+    path = write(MIXED[0], *BAD)
+    dataset = load_dataset(path, tokenizer, max_seq_length=100, on_bad_record="skip")
+    assert len(dataset) == 1
+    report = dataset.reports[0]
+    assert {reason: (noted.count, noted.places) for reason, noted in report.skipped.items()} == {
+        "the key 'output' of prompt_template is missing": (2, ["line 2", "line 6"]),
+        "expected a JSON object, found list": (1, ["line 3"]),
+        "not UTF-8 at byte N": (1, ["line 4"]),
+        "the response is empty": (1, ["line 5"]),
+        "prompt_ids[N] is N": (1, ["line 7"]),
+    }
+    assert "; skipped 2: the key 'output' of prompt_template is missing (line 2, 6)" in str(report)
+    # what is kept of it does not make the file good
+    with pytest.raises(DataError, match=r":2: the key 'output' of prompt_template is missing \(the record has"):
+        load_dataset(path, tokenizer, max_seq_length=100)
+
+
+def test_a_file_with_nothing_but_bad_records_is_an_error(write, tokenizer):
+    with pytest.raises(DataError, match=r"none of its 6 records can be used, the first because of this: .*:1: the key"):
+        load_dataset(write(*BAD), tokenizer, max_seq_length=100, on_bad_record="skip")
+
+
+def test_truncated_records_are_counted(write, tokenizer):
+    lines = [json.dumps({"input": text, "output": "y"}) for text in ("abc", "abcdefgh", "abcdefghi")]
+    options = {"overlong": "truncate", "truncation_field": "input"}
+    dataset = load_dataset(write(*lines), tokenizer, max_seq_length=9, **options)
+    assert [tokenizer.decode(example.prompt_ids) for example in dataset] == ["abc", "abcdef", "abcdef"]
+    assert str(dataset.reports[0]).endswith("read 3 examples, longest 12 tokens; cut 2 to 9 (line 2, 3)")
+    with pytest.raises(DataError, match="at line 1, the longest 11: what truncation_field names is not enough to cut"):
+        load_dataset(write(record(10, 1)), tokenizer, max_seq_length=9, **options)
+
+
+# given rejected responses
+
+
+def pair(generated: str) -> str:
+    user = {"role": "user", "content": "u"}
+    answers = {"real": "a", "generated": generated}
+    return json.dumps({name: [user, {"role": "assistant", "content": text}] for name, text in answers.items()})
+
+
+def test_given_rejected_responses(write, tokenizer):
+    dataset = load_dataset(write(pair("bbb"), MIXED[1], pair("")), tokenizer, max_seq_length=100)
+    assert tokenizer.decode(dataset.given_rejected(0)) == "bbb<|im_end|>"
+    assert dataset.given_rejected(1) is None
+    assert dataset.given_rejected(2) is None
+    room = len(dataset[0].prompt_ids) + 3
+    cut = load_dataset(write(pair("bbbb")), tokenizer, max_seq_length=room)
+    assert tokenizer.decode(cut.given_rejected(0)) == "bbb"  # no stop token: it was cut off
+    assert cut.reports[0].cut_rejected == 1
+
+
+# several files
+
+
+def test_several_files_follow_each_other(write, tokenizer, tmp_path):
+    second = tmp_path / "second.jsonl"
+    second.write_text(record(2, 1) + "\n" + pair("b") + "\n")
+    dataset = load_dataset([write(*MIXED), second], tokenizer, max_seq_length=100, weights=[1, 0.5])
+    assert [(share.num_examples, share.weight) for share in dataset.shares] == [(3, 1), (2, 0.5)]
+    assert [example.index for example in dataset] == [0, 1, 2, 3, 4]
+    assert dataset[3] == Example(3, (9, 9), (8,))
+    assert tokenizer.decode(dataset.given_rejected(4)) == "b<|im_end|>"
+    prompts, responses = dataset.lengths()
+    assert prompts.tolist() == [len(example.prompt_ids) for example in dataset]
+    assert responses.tolist() == [len(example.response_ids) for example in dataset]
+
+
+def test_more_examples_than_a_batch_of_the_file(write, tokenizer):
+    dataset = load_dataset(write(*[record(i % 7 + 1, i % 3 + 1) for i in range(9000)]), tokenizer, max_seq_length=100)
+    for index in (0, 1, 4095, 4096, 4097, 8191, 8192, 8999):
+        assert dataset[index] == Example(index, (9,) * (index % 7 + 1), (8,) * (index % 3 + 1))

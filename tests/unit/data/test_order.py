@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_spin.data.dataset import load_dataset
-from nemo_spin.data.order import batches, epoch_order, num_batches
+from nemo_spin.data.order import Share, batches, epoch_order, epoch_size, num_batches
 from nemo_spin.errors import ConfigError
 
 
@@ -67,3 +67,48 @@ def test_batches_resume_with_the_tail(write, tokenizer, limit):
     if limit is None:
         assert [len(batch) for batch in whole] == [4, 4, 4, 4, 2]
         assert [example.index for batch in whole for example in batch] == order.tolist()
+
+
+# weights
+
+
+def counts(order, first: int, size: int) -> list[int]:
+    return torch.bincount(order, minlength=first + size)[first : first + size].tolist()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_weights_are_passes_over_a_file(shuffle):
+    shares = [Share(4, 1.0), Share(10, 0.5), Share(3, 2.0), Share(4, 1.25)]
+    assert epoch_size(shares) == 4 + 5 + 6 + 5
+    seen = torch.zeros(10, dtype=torch.int64)
+    for iteration, epoch in itertools.product(range(2), range(2)):
+        order = epoch_order(shares, 7, iteration, epoch, shuffle, max_epochs=2)
+        assert order.dtype == torch.int64 and len(order) == epoch_size(shares)
+        assert counts(order, 0, 4) == [1] * 4
+        assert counts(order, 14, 3) == [2] * 3
+        assert sorted(counts(order, 17, 4)) == [1, 1, 1, 2]
+        half = counts(order, 4, 10)
+        assert sorted(half) == [0] * 5 + [1] * 5
+        seen += torch.tensor(half)
+        # the other half is for the next epoch, though it is the next iteration's
+        assert seen.tolist() == half if (iteration, epoch) == (0, 0) else True
+        assert len(set(seen.tolist())) == (2 if epoch == 0 else 1)
+    assert seen.tolist() == [2] * 10
+
+
+def test_weighted_orders_are_a_function_of_seed_iteration_and_epoch():
+    shares = [Share(50, 0.3), Share(20, 1.0)]
+    orders = {
+        tuple(epoch_order(shares, *place, shuffle=True, max_epochs=2).tolist())
+        for place in itertools.product((1, 2), (0, 1), (0, 1))
+    }
+    assert len(orders) == 8
+    assert tuple(epoch_order(shares, 2, 1, 1, shuffle=True, max_epochs=2).tolist()) in orders
+
+
+def test_a_file_with_weight_one_is_as_without_weights():
+    assert torch.equal(epoch_order([Share(30, 1.0), Share(11, 1)], 3, 1, 2, True), epoch_order(41, 3, 1, 2, True))
+
+
+def test_a_tiny_share_is_at_least_one_example():
+    assert epoch_order([Share(3, 0.01)], 1, 0, 0, shuffle=False).tolist() == [0]

@@ -1,0 +1,88 @@
+"""`nemo-spin data`: its command line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nemo_spin.commands.parallel import add_record_options
+from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
+from nemo_spin.errors import ConfigError
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "data",
+        help="what training would make of data files: counts, lengths, examples",
+        description="Show what training would make of data files. The options are those of model.data in a run's "
+        "configuration. The exit code is 2 if training would refuse the files; what is tokenized here is not tokenized "
+        "again by a run with the same options.",
+    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="JSONL, compressed JSONL, parquet, or a saved data set's directory")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", metavar="CKPT", help="its tokenizer and its context; no weights are read")
+    which.add_argument("--tokenizer", metavar="PATH", help="Hugging Face directory or name, or a sentencepiece .model")
+    add_record_options(parser)
+    add(
+        "--chat-prompt-token",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help=r"one of chat_prompt_tokens, such as end_of_turn='\n'; may be repeated (default: NeMo's)",
+    )
+    add("--max-seq-length", type=int, metavar="N", help="longest example in tokens (default: the checkpoint's context)")
+    add("--overlong", choices=OVERLONG, default="refuse", help="what becomes of longer examples (default refuse)")
+    add("--truncation-field", metavar="FIELD[,FIELD]", help="fields of the template that truncate may cut")
+    add("--truncation-method", choices=TRUNCATION_METHODS, default="right", help="which end is cut (default right)")
+    add(
+        "--on-bad-record",
+        choices=ON_BAD_RECORD,
+        default="error",
+        help="what becomes of unusable records (default error)",
+    )
+    add("--cache-dir", metavar="DIR", help="for the tokenized data (default: nemo_spin in the user's cache)")
+    add("--examples", type=int, default=3, metavar="N", help="examples to show (default 3)")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.max_seq_length is not None and options.max_seq_length < 2:
+        raise ConfigError(f"--max-seq-length {options.max_seq_length}: use at least 2.")
+    from nemo_spin.data_view import show_data
+
+    return show_data(
+        options.files,
+        checkpoint=options.checkpoint,
+        tokenizer_path=options.tokenizer,
+        max_seq_length=options.max_seq_length,
+        num_examples=options.examples,
+        load_options={
+            "prompt_template": options.prompt_template,
+            "label_key": options.label_key,
+            "add_bos": options.add_bos,
+            "add_eos": options.add_eos,
+            "chat_prompt_tokens": _chat_prompt_tokens(options.chat_prompt_token),
+            "overlong": options.overlong,
+            "truncation_field": options.truncation_field,
+            "truncation_method": options.truncation_method,
+            "on_bad_record": options.on_bad_record,
+            "cache_dir": options.cache_dir,
+        },
+    )
+
+
+def _chat_prompt_tokens(assignments: list[str]) -> Any:
+    from dataclasses import fields
+
+    from nemo_spin.data.conversations import ChatPromptTokens
+    from nemo_spin.data.template import unescape
+
+    names = [part.name for part in fields(ChatPromptTokens)]
+    tokens = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name not in names:
+            raise ConfigError(f"--chat-prompt-token {assignment!r}: write NAME=TEXT with one of {', '.join(names)}.")
+        tokens[name] = unescape(text)
+    return ChatPromptTokens(**tokens)
