@@ -151,6 +151,11 @@ def _interrupt_ends_children() -> Iterator[Callable[[], bool]]:
         signal(SIGINT, before)
 
 
+def is_main() -> bool:
+    """Whether this is the first of the run's processes, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     """Give a process that srun started the variables that torch.distributed reads, unless it has them."""
     in_step = {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"} <= environment.keys()

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
+from nemo_spin import experiment
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.source import open_checkpoint
-from nemo_spin.checkpoint.training import TrainingCheckpoints
-from nemo_spin.config import LOGGERS, DatasetConfig, SpinConfig, parse_config
+from nemo_spin.config import DatasetConfig, SpinConfig, parse_config
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
-from nemo_spin.errors import ConfigError
+from nemo_spin.errors import ConfigError, UserError
+from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
 from nemo_spin.memory import MemoryEstimate, check_fits, estimate
-from nemo_spin.metrics_log import FILE_NAME, MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel, restore_tokenizer
+from nemo_spin.report import write_report
 from nemo_spin.reporting import Reporter
 from nemo_spin.time_limit import TimeLimit
 from nemo_spin.tokenizers import check_tokenizer_fits
 from nemo_spin.trainer import SPINTrainer
-
-# Resuming, checkpoints and time are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
-_OURS = (
-    "resume_if_exists", "resume_ignore_no_checkpoint", "resume_from_checkpoint", "checkpoint_callback_params",
-    "max_time_per_run",
-)  # fmt: skip
-# logger -> the packages of which one has to be there
-_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
 
 @dataclass(frozen=True)
@@ -59,8 +49,8 @@ def preflight(cfg: DictConfig) -> Inputs:
     Raises UserError for the first thing that cannot be used.
     """
     spin = parse_config(cfg)
-    run_dir = _run_dir(cfg)
-    resume_from = _checkpoint_to_resume(cfg, run_dir)
+    run_dir = experiment.run_dir(cfg)
+    resume_from = experiment.checkpoint_to_resume(cfg, run_dir)
     with open_checkpoint(spin.restore_from_path) as source:
         tokenizer = restore_tokenizer(source, spin.tokenizer and dataclasses.asdict(spin.tokenizer))
         architecture = source.architecture(tokenizer.vocab_size)
@@ -80,9 +70,15 @@ def preflight(cfg: DictConfig) -> Inputs:
         )
     train = _load(spin.train_ds, tokenizer, context_length)
     validation = _load(spin.validation_ds, tokenizer, context_length) if spin.validation_ds else None
+    if spin.spin.first_rollouts_from_data and train.num_given_rejected < len(train):
+        raise ConfigError(
+            f"model.spin.first_rollouts_from_data is true, but {len(train) - train.num_given_rejected} of {len(train)} "
+            'examples of model.data.train_ds have no generated response: use {"real", "generated"} records, or set it '
+            "to false."
+        )
     memory = estimate(architecture, spin, max(report.longest for report in train.reports), context_length, len(train))
     check_fits(memory, spin)
-    _check_loggers(cfg.exp_manager)
+    experiment.check_loggers(cfg.exp_manager)
     return Inputs(spin, run_dir, resume_from, context_length, train, validation, memory)
 
 
@@ -113,11 +109,11 @@ def train(cfg: DictConfig) -> Path | None:
     inputs = preflight(cfg)
     spin = inputs.cfg
     time_limit = TimeLimit(spin.loop.max_seconds)
-    log = _start_experiment(cfg, inputs.run_dir)
+    log = experiment.start(cfg, inputs.run_dir) if is_main() else None
     parallel = spin.parallel
     setup.initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, spin.seed)
     try:
-        reporter = Reporter(_is_main(), log)
+        reporter = Reporter(is_main(), log)
         reporter.say(f"Layout: {parallel}; {inputs.memory}")
         for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
             for report in dataset.reports:
@@ -132,13 +128,16 @@ def train(cfg: DictConfig) -> Path | None:
         if inputs.resume_from is not None:
             trainer.resume(inputs.resume_from)
             reporter.say(f"Resumed from {inputs.resume_from}")
-        finished = trainer.fit()
-        if not finished:
+        nemo = None
+        if trainer.fit():
+            nemo = _save_result(cfg, inputs, model, trainer, reporter)
+        else:
             reporter.say(
                 f"exp_manager.max_time_per_run is up: saved after step {trainer.progress.step}. The same command, with "
                 "exp_manager.resume_if_exists=true, goes on from there."
             )
-        return _save_result(cfg, inputs, model, trainer, reporter) if finished else None
+        _write_report(inputs.run_dir, reporter)
+        return nemo
     finally:
         setup.shutdown()
 
@@ -157,68 +156,10 @@ def _save_result(
     return path
 
 
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _run_dir(cfg: DictConfig) -> Path:
-    """Where the run writes, as NeMo's exp_manager lays it out for a run that can be resumed."""
-    exp = cfg.exp_manager
-    if exp.get("explicit_log_dir"):
-        return Path(exp.explicit_log_dir).expanduser().resolve()
-    return (Path(exp.get("exp_dir") or "nemo_experiments").expanduser() / (exp.get("name") or "default")).resolve()
-
-
-def _checkpoint_to_resume(cfg: DictConfig, run_dir: Path) -> Path | None:
-    exp = cfg.exp_manager
-    latest = TrainingCheckpoints(run_dir / "checkpoints").latest()
-    if exp.get("resume_if_exists"):
-        if latest is None and not exp.get("resume_ignore_no_checkpoint"):
-            raise ConfigError(
-                f"exp_manager.resume_if_exists is set, but {run_dir} holds no checkpoint: choose the directory of the "
-                "run, or set exp_manager.resume_ignore_no_checkpoint=true to start one."
-            )
-        return latest
-    if latest is not None:
-        raise ConfigError(
-            f"{run_dir} holds the checkpoints of an earlier run: set exp_manager.resume_if_exists=true to go on with "
-            "it, or choose another exp_manager.explicit_log_dir."
-        )
-    return None
-
-
-def _check_loggers(exp: DictConfig) -> None:
-    """Refuse a logger that is not installed, before anything is started for it."""
-    for name in LOGGERS:
-        if exp.get(f"create_{name}_logger") and not any(map(find_spec, _PACKAGES[name])):
-            raise ConfigError(
-                f"exp_manager.create_{name}_logger is true, but {name} is not installed: pip install {name}, or set it "
-                "to false."
-            )
-
-
-def _start_experiment(cfg: DictConfig, run_dir: Path) -> MetricsLog | None:
-    """NeMo's exp_manager on the main process: loggers and the record of the command. Returns where metrics go."""
-    if not _is_main():
-        return None
-    from lightning.pytorch import Trainer
-    from nemo.utils import logging as nemo_logging
-    from nemo.utils.exp_manager import exp_manager
-
-    # Both begin by printing what they found and every option that they know, in a page.
-    nemo_logging.setLevel(nemo_logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-
-    options = OmegaConf.to_container(cfg.exp_manager, resolve=True)
-    options = {key: value for key, value in options.items() if key not in _OURS}
-    options |= {"explicit_log_dir": str(run_dir), "exp_dir": None, "create_checkpoint_callback": False}
-    if options.get("create_mlflow_logger"):
-        kwargs = {key: value for key, value in (options["mlflow_logger_kwargs"] or {}).items() if value is not None}
-        tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", f"file:{run_dir / 'mlruns'}")
-        options["mlflow_logger_kwargs"] = {"tracking_uri": tracking_uri} | kwargs
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
-    exp_manager(trainer, OmegaConf.create(options))
-    # exp_manager shows megatron-core's log on the terminal: a page of settings and buckets for every model it wraps.
-    logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    return MetricsLog(run_dir / FILE_NAME, trainer.loggers)
+def _write_report(run_dir: Path, reporter: Reporter) -> None:
+    """The page for people; whatever is wrong with it, the run is not."""
+    if is_main():
+        try:
+            reporter.say(f"Report: {write_report(run_dir)}")
+        except UserError as error:
+            reporter.say(f"No report was written: {error}")

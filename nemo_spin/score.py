@@ -16,6 +16,7 @@ from tqdm import tqdm
 from nemo_spin.data.formats import RecordEncoder
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError, UserError
+from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.steps import response_logps
 from nemo_spin.model import MegatronGPTSPINModel
@@ -43,7 +44,7 @@ def score(
     of the run calls it. The output appears when it is whole. Raises UserError.
     """
     _check_paths(data, output)
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    main = is_main()
     setup.initialize(tensor_model_parallel_size, pipeline_model_parallel_size, seed=0)
     try:
         options = {
@@ -58,7 +59,7 @@ def score(
         # All lines are checked before the first is scored.
         lines = [_encode(encoder, record, where, model) for where, record in read_records(data)]
         batching = model.batching(micro_batch_size)
-        with _whole_file(Path(output), is_main) as file, tqdm(total=len(lines), disable=not is_main) as bar:
+        with _whole_file(Path(output), main) as file, tqdm(total=len(lines), disable=not main) as bar:
             for chunk in _chunks(lines):
                 prompts, responses = zip(*chunk, strict=True)
                 for logps in response_logps(model.gpt, prompts, responses, batching, bar.update):
@@ -95,9 +96,9 @@ def _check_paths(data: str, output: str) -> None:
 
 
 @contextmanager
-def _whole_file(path: Path, is_main: bool) -> Iterator[IO[str] | None]:
+def _whole_file(path: Path, write: bool) -> Iterator[IO[str] | None]:
     """A file that appears under its name when all has been written; None on processes other than the main one."""
-    if not is_main:
+    if not write:
         yield None
         return
     unfinished = path.with_name(f".unfinished-{path.name}")

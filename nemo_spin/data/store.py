@@ -110,6 +110,12 @@ class ExampleStore:
         batch, row = self._find(index)
         return batch[2][row]
 
+    @property
+    def num_rejected(self) -> int:
+        """Examples with a rejected response that came with the data."""
+        column = self._table.column("rejected_ids")
+        return len(column) - column.null_count
+
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Number of tokens of every prompt and of every response: int32 [len] each."""
         prompt, response = ([np.diff(batch[i].ends) for batch in self._batches] for i in (0, 1))

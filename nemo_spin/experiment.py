@@ -1,0 +1,84 @@
+"""The directory of a run, what it is resumed from, and its loggers, as NeMo's exp_manager lays them out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_spin.checkpoint.training import TrainingCheckpoints
+from nemo_spin.config import LOGGERS
+from nemo_spin.errors import ConfigError
+from nemo_spin.metrics_log import FILE_NAME, MetricsLog
+
+# Resuming, checkpoints and time are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
+_OURS = (
+    "resume_if_exists", "resume_ignore_no_checkpoint", "resume_from_checkpoint", "checkpoint_callback_params",
+    "max_time_per_run",
+)  # fmt: skip
+# logger -> the packages of which one has to be there
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
+
+
+def run_dir(cfg: DictConfig) -> Path:
+    """Where the run writes, as NeMo's exp_manager lays it out for a run that can be resumed."""
+    exp = cfg.exp_manager
+    if exp.get("explicit_log_dir"):
+        return Path(exp.explicit_log_dir).expanduser().resolve()
+    return (Path(exp.get("exp_dir") or "nemo_experiments").expanduser() / (exp.get("name") or "default")).resolve()
+
+
+def checkpoint_to_resume(cfg: DictConfig, run_dir: Path) -> Path | None:
+    exp = cfg.exp_manager
+    latest = TrainingCheckpoints(run_dir / "checkpoints").latest()
+    if exp.get("resume_if_exists"):
+        if latest is None and not exp.get("resume_ignore_no_checkpoint"):
+            raise ConfigError(
+                f"exp_manager.resume_if_exists is set, but {run_dir} holds no checkpoint: choose the directory of the "
+                "run, or set exp_manager.resume_ignore_no_checkpoint=true to start one."
+            )
+        return latest
+    if latest is not None:
+        raise ConfigError(
+            f"{run_dir} holds the checkpoints of an earlier run: set exp_manager.resume_if_exists=true to go on with "
+            "it, or choose another exp_manager.explicit_log_dir."
+        )
+    return None
+
+
+def check_loggers(exp: DictConfig) -> None:
+    """Refuse a logger that is not installed, before anything is started for it."""
+    for name in LOGGERS:
+        if exp.get(f"create_{name}_logger") and not any(map(find_spec, _PACKAGES[name])):
+            raise ConfigError(
+                f"exp_manager.create_{name}_logger is true, but {name} is not installed: pip install {name}, or set it "
+                "to false."
+            )
+
+
+def start(cfg: DictConfig, run_dir: Path) -> MetricsLog:
+    """Call NeMo's exp_manager, on the main process: loggers and the record of the command. Returns where metrics go."""
+    from lightning.pytorch import Trainer
+    from nemo.utils import logging as nemo_logging
+    from nemo.utils.exp_manager import exp_manager
+
+    # Both begin by printing what they found and every option that they know, in a page.
+    nemo_logging.setLevel(nemo_logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+    options = OmegaConf.to_container(cfg.exp_manager, resolve=True)
+    options = {key: value for key, value in options.items() if key not in _OURS}
+    options |= {"explicit_log_dir": str(run_dir), "exp_dir": None, "create_checkpoint_callback": False}
+    if options.get("create_mlflow_logger"):
+        kwargs = {key: value for key, value in (options["mlflow_logger_kwargs"] or {}).items() if value is not None}
+        tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", f"file:{run_dir / 'mlruns'}")
+        options["mlflow_logger_kwargs"] = {"tracking_uri": tracking_uri} | kwargs
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
+    exp_manager(trainer, OmegaConf.create(options))
+    # exp_manager shows megatron-core's log on the terminal: a page of settings and buckets for every model it wraps.
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    return MetricsLog(run_dir / FILE_NAME, trainer.loggers)
