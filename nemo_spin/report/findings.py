@@ -81,7 +81,7 @@ def _not_finite(run: Run) -> Iterator[tuple[str, str, str]]:
         step, name = min(found)
         yield (
             "Values that are not numbers",
-            f"{len(found):,} logged values are NaN or infinite, first {name} at step {step:,}.",
+            f"{len(found):,} logged value{'s are' if len(found) > 1 else ' is'} NaN or infinite, first {name} at step {step:,}.",
             "NaN and infinity",
         )
 
