@@ -123,7 +123,7 @@ def draw(spec: Curves, run: Run) -> Figure | None:
     """A figure of those of its metrics that are logged; None if none is."""
     traces: list[dict[str, Any]] = []
     words: list[str] = []
-    notes: list[str] = []
+    note = ""
     for number, metric in enumerate(spec.metrics):
         series = run.history.series(metric)
         if not len(series):
@@ -131,13 +131,13 @@ def draw(spec: Curves, run: Run) -> Figure | None:
         traces += _traces(metric, series, number, spec.noisy)
         words.append(_in_words(metric, series))
         if len(series) > MAX_POINTS:
-            kept = len(_thinned(series).steps)
-            notes.append(f"{metric}: {kept:,} of {len(series):,} points, the extremes of every stretch.")
+            kept = len(_thinned(series))
+            note = f" Shown are {kept:,} of {len(series):,} points, the extremes of every stretch."
     if not traces:
         return None
     arranged = layout(spec.unit, "optimizer step") | _marks(run.history, _level(spec, run))
     arranged["hovermode"] = "x unified"
-    text = " ".join([spec.caption, *notes])
+    text = spec.caption + note
     return Figure(
         spec.key, spec.title, text, f"{spec.title} over optimizer steps. {' '.join(words)}", to_json(traces, arranged)
     )
@@ -209,7 +209,7 @@ def _thinned(series: Series) -> Series:
 
 
 def _means(series: Series) -> Series:
-    """Means around points, over a part of their iteration; an iteration's ends have shorter ones."""
+    """Means around points, over a part of their iteration; they begin with its first point alone."""
     means = Series()
     for part in _by_iteration(series):
         half = max(1, len(part) // (2 * _MEANS_PER_ITERATION))
@@ -218,8 +218,8 @@ def _means(series: Series) -> Series:
         counts = list(accumulate(finite, initial=0))
         every = max(1, len(series) // _MEAN_POINTS)
         for i in sorted({*range(0, len(part), every), len(part) - 1}):
-            reach = min(half, i, len(part) - 1 - i)
-            low, high = i - reach, i + reach + 1
+            reach = min(half, i)
+            low, high = i - reach, min(i + reach + 1, len(part))
             count = counts[high] - counts[low]
             means.steps.append(part.steps[i])
             means.values.append((sums[high] - sums[low]) / count if count else math.nan)

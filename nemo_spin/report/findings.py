@@ -79,9 +79,10 @@ def _not_finite(run: Run) -> Iterator[tuple[str, str, str]]:
     ]
     if found:
         step, name = min(found)
+        values = "value is" if len(found) == 1 else "values are"
         yield (
             "Values that are not numbers",
-            f"{len(found):,} logged values are NaN or infinite, first {name} at step {step:,}.",
+            f"{len(found):,} logged {values} NaN or infinite, first {name} at step {step:,}.",
             "NaN and infinity",
         )
 

@@ -18,6 +18,7 @@ from fake_run import Line, lines, make, row, write_lines, write_rollouts
 from nemo_spin.cli import main
 from nemo_spin.errors import UserError
 from nemo_spin.report import write_report
+from nemo_spin.report.drawing import to_json
 from nemo_spin.report.samples import COLUMNS
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }} & \"quoted\" 'text'"
@@ -185,6 +186,11 @@ def test_texts_of_others_are_escaped(tmp_path: Path) -> None:
     assert page.count("<script") == harmless.count("<script")
     assert "<img src=x" not in page and "<script>alert" not in page
     assert EVIL in without_scripts(page)
+
+
+def test_no_text_in_a_figure_ends_its_script_element() -> None:
+    text = to_json([{"name": EVIL}], {})
+    assert "<" not in text and json.loads(text)["data"] == [{"name": EVIL}]
 
 
 def test_long_texts_are_folded_and_long_beyond_reason_cut(tmp_path: Path) -> None:
