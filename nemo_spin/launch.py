@@ -14,9 +14,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
-from signal import SIGTERM, Signals
+from signal import SIGINT, SIGKILL, SIGTERM, Signals, signal
+
+import psutil
 
 from nemo_spin.config.schema import ParallelConfig
 from nemo_spin.errors import EXIT_CODE, ConfigError, UserError
@@ -109,9 +112,10 @@ def run_distributed(nproc: int, argv: Sequence[str], hide_gpus: bool = False) ->
             **options,
         )
         try:
-            elastic_launch(config, sys.executable)(*argv)
+            with _interrupt_ends_children() as interrupted:
+                elastic_launch(config, sys.executable)(*argv)
         except ChildFailedError as failed:
-            return _first_failure(failed)
+            return INTERRUPTED if interrupted() else _first_failure(failed)
         except KeyboardInterrupt:
             return INTERRUPTED
         except SignalException as received:
@@ -119,6 +123,32 @@ def run_distributed(nproc: int, argv: Sequence[str], hide_gpus: bool = False) ->
         finally:
             del os.environ[_STARTED_HERE]
     return 0
+
+
+@contextmanager
+def _interrupt_ends_children() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C ends the processes started inside, the second time by force; the launcher then finds them gone.
+
+    KeyboardInterrupt is raised only while there are none: in the midst of torch's launcher it may get lost. Yields a
+    function that tells whether Ctrl-C has come.
+    """
+    times = 0
+
+    def end_children(signum: int, frame: object) -> None:
+        nonlocal times
+        times += 1
+        children = psutil.Process().children(recursive=True)
+        if not children:
+            raise KeyboardInterrupt
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(SIGTERM if times == 1 else SIGKILL)
+
+    before = signal(SIGINT, end_children)
+    try:
+        yield lambda: times > 0
+    finally:
+        signal(SIGINT, before)
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:

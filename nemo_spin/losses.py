@@ -50,8 +50,12 @@ def spin_metrics(
     ref_rejected_logps: Tensor,
     beta: float,
 ) -> dict[str, Tensor]:
-    """What to watch, per pair: each value is [b]. `rewards/accuracies` is 1 where the margin is positive, 0.5 where it
-    is exactly zero (policy equal to reference), else 0."""
+    """What to watch, per pair: each value is [b].
+
+    `rewards/accuracies` is 1 where the margin is positive, 0.5 where it is exactly zero (policy equal to reference),
+    else 0. `kl`, log ref(y'|x) - log pi(y'|x) of the response that the reference sampled, has the mean KL(ref || pi)
+    per response, in nats, where it was sampled at temperature 1 from the whole vocabulary.
+    """
     chosen = rewards(policy_chosen_logps, ref_chosen_logps, beta)
     rejected = rewards(policy_rejected_logps, ref_rejected_logps, beta)
     margins = chosen - rejected
@@ -62,6 +66,7 @@ def spin_metrics(
         "rewards/accuracies": (margins > 0).to(margins.dtype) + 0.5 * (margins == 0).to(margins.dtype),
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
+        "kl": ref_rejected_logps - policy_rejected_logps,
     }
 
 

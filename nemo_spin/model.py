@@ -5,6 +5,7 @@ It registers the package with NeMo, so that NeMo restores archives that name thi
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.steps import Batching
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.reference import Reference
-from nemo_spin.rollouts import Rollout, roll_out
+from nemo_spin.rollouts import Rollout, roll_out, score_given
 from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
@@ -112,13 +113,14 @@ class MegatronGPTSPINModel(ModelPT):
         self.reference = Reference(self.gpt, keep_copy=cfg.spin.rollout_window is not None)
         end_strings = [text for text in cfg.spin.sampling_params.end_strings if self.tokenizer.id_of(text) is None]
         single = {self.tokenizer.id_of(text) for text in cfg.spin.sampling_params.end_strings} - {None}
+        self._stop_ids = stop_ids | single
         self._generator = Generator(
             self.gpt,
             vocab_size=min(self.tokenizer.vocab_size, self.architecture.vocab_size),
             max_sequence_length=context_length,
             sampling=cfg.spin.sampling_params,
             min_length=cfg.spin.length_params.min_length,
-            stop_ids=stop_ids | single,
+            stop_ids=self._stop_ids,
             seed=cfg.seed,
             slots=cfg.spin.rollout_batch_size,
             pad_id=self.tokenizer.pad_id,
@@ -149,6 +151,16 @@ class MegatronGPTSPINModel(ModelPT):
         """(summed NLL in nats, number) of the response tokens of a global batch."""
         return steps.sft_nll(self.gpt, examples, self._train_batching)
 
+    def spin_validation_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
+        """SPIN's metrics of a global batch of held-out pairs, summed over them."""
+        return steps.spin_metrics_of(self.gpt, pairs, beta, self._train_batching)
+
+    def peak_memory(self) -> int:
+        """Bytes: the most that this process has held so far, on the GPU, or resident on the CPU."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     def roll_out(
         self, examples: Sequence[Example], iteration: int, progress: Callable[[str, int], None] | None = None
     ) -> list[Rollout]:
@@ -157,6 +169,16 @@ class MegatronGPTSPINModel(ModelPT):
             return roll_out(
                 self.gpt, self._generator, examples, iteration, self._max_new_tokens, self._score_batching, progress
             )
+
+    def score_given(
+        self,
+        examples: Sequence[Example],
+        responses: Sequence[Sequence[int]],
+        progress: Callable[[str, int], None] | None = None,
+    ) -> list[Rollout]:
+        """Rollouts of given responses, with both reference log-probabilities."""
+        with self.reference.swapped_in():
+            return score_given(self.gpt, examples, responses, self._stop_ids, self._score_batching, progress)
 
     def refresh_reference(self) -> None:
         """The policy becomes the reference."""

@@ -1,4 +1,4 @@
-"""What a run shows: progress bars and a table on the terminal, metrics in the loggers that exp_manager attached.
+"""What a run shows on the terminal: progress bars, samples, a table of its iterations. Metrics go on to the log.
 
 Only the process that is given `is_main` shows anything; on the others every method does nothing.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from nemo_spin.config import SpinConfig
+from nemo_spin.metrics_log import MetricsLog
 from nemo_spin.progress import Progress
+from nemo_spin.rollout_store import Sample
+from nemo_spin.timing import in_words
 
 _TABLE = [
     ("after", "{}", None),
@@ -22,24 +25,21 @@ _TABLE = [
     ("loss", "{:.4f}", "loss"),
     ("margin", "{:+.3f}", "rewards/margins"),
     ("accuracy", "{:.3f}", "rewards/accuracies"),
+    ("held-out accuracy", "{:.3f}", "val/rewards/accuracies"),
     ("response tokens", "{:.1f}", "rollout/length"),
     ("cut off", "{:.1%}", "rollout/finish_reason_length"),
+    ("time in rollouts", "{:.0%}", "time/rollout_share"),
 ]
 _BAR = ["loss", "rewards/margins", "rewards/accuracies", "val_loss", "grad_norm"]
-
-
-class MetricsLogger(Protocol):
-    """A Lightning logger, as far as it is used."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+_SAMPLE_WIDTH = 110
 
 
 class Reporter:
-    """Shows a run to people and writes its metrics to loggers."""
+    """Shows a run to people and passes its metrics to the log."""
 
-    def __init__(self, is_main: bool, loggers: Sequence[MetricsLogger] = ()) -> None:
+    def __init__(self, is_main: bool, log: MetricsLog | None = None) -> None:
         self.is_main = is_main
-        self.loggers = list(loggers)
+        self._log = log
         self.rows: list[dict[str, Any]] = []
         self._bar: Any = None
 
@@ -50,6 +50,7 @@ class Reporter:
             f"SPIN: {cfg.loop.max_iterations} iterations of {cfg.loop.max_epochs} epochs, starting at iteration "
             f"{progress.iteration}, step {progress.step}"
         )
+        self.log("start" if progress.step == 0 else "resume", progress, {})
         try:
             yield
         finally:
@@ -60,51 +61,56 @@ class Reporter:
         if self.is_main:
             tqdm.write(message, file=sys.stderr)
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Write metrics to the loggers. step: optimizer steps done in the run."""
-        if self.is_main:
-            for logger in self.loggers:
-                logger.log_metrics(metrics, step)
+    def log(self, kind: str, progress: Progress, metrics: dict[str, float], **position: int) -> None:
+        """Write metrics to the log; see `MetricsLog.write`."""
+        if self.is_main and self._log is not None:
+            self._log.write(kind, progress, metrics, **position)
 
-    def step(self, progress: Progress, epoch: int, metrics: dict[str, float], total: int) -> None:
-        """Show an optimizer step, one of `total` in its iteration; `progress` has counted it already."""
-        position = {"iteration": progress.iteration, "epoch": epoch, "consumed_samples": progress.consumed_samples}
-        self.log(metrics | position, progress.step)
+    def step(self, progress: Progress, epoch: int, metrics: dict[str, float], total: int, seconds_left: float) -> None:
+        """Show an optimizer step, one of `total` in its iteration; `progress` has counted it already.
+
+        seconds_left: to the end of the run.
+        """
+        position = {"iteration_step": progress.iteration_step, "consumed_samples": progress.consumed_samples}
+        self.log("train", progress, metrics, epoch=epoch, **position)
         if not self.is_main:
             return
         if self._bar is None:
             self._bar = tqdm(
                 total=total, initial=progress.iteration_step - 1, desc=f"iteration {progress.iteration}: training"
             )
-        self._bar.set_postfix({name: f"{metrics[name]:.4g}" for name in _BAR if name in metrics}, refresh=False)
+        shown = {name: f"{metrics[name]:.4g}" for name in _BAR if name in metrics}
+        self._bar.set_postfix(shown | {"run left": in_words(seconds_left)}, refresh=False)
         self._bar.update()
 
     @contextmanager
-    def rollouts(self, iteration: int, examples: int) -> Iterator[Callable[[str, int], None]]:
-        """Bars for the two phases of rollouts. Yields a function (phase, how many more are done)."""
-        totals = {"generating": examples, "scoring": 2 * examples}
-        bars: dict[str, Any] = {}
+    def rollouts(self, iteration: int, examples: int, what: str = "rollouts") -> Iterator[Callable[[str, int], None]]:
+        """A bar of the responses. Yields a function (phase, how many more are done)."""
+        with tqdm(total=examples, desc=f"iteration {iteration}: {what}", disable=not self.is_main) as bar:
 
-        def advance(phase: str, count: int) -> None:
-            if not self.is_main:
-                return
-            if phase not in bars:
-                for finished in bars.values():
-                    finished.close()
-                bars[phase] = tqdm(total=totals[phase], desc=f"iteration {iteration}: {phase}")
-            bars[phase].update(min(count, totals[phase] - bars[phase].n))
+            def advance(phase: str, count: int) -> None:
+                bar.set_postfix_str(phase, refresh=False)
+                # both responses of an example are scored: they would count twice
+                if phase == "generating":
+                    bar.update(min(count, examples - bar.n))
 
-        try:
             yield advance
-        finally:
-            for bar in bars.values():
-                bar.close()
+
+    def samples(self, samples: Sequence[Sample], progress: Progress) -> None:
+        """Show generated responses beside the human ones."""
+        if not self.is_main:
+            return
+        for sample in samples:
+            for name, text in (("prompt", sample.prompt), ("human", sample.chosen), ("generated", sample.rejected)):
+                self.say(f"{name:>9}  {_shortened(text, from_the_end=name == 'prompt')}")
+            self.say("")
+        if self._log is not None:
+            self._log.write_samples(samples, progress)
 
     def iteration(self, progress: Progress, label: str, metrics: dict[str, float]) -> None:
         """Add a row to the table and show the table so far."""
         self._close_bar()
         self.rows.append({"after": label, "step": progress.step, **metrics})
-        self.log(metrics, progress.step)
         self.say("\n" + self.table())
 
     def table(self) -> str:
@@ -122,3 +128,11 @@ class Reporter:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _shortened(text: str, from_the_end: bool) -> str:
+    """A text in one line. Of a prompt the end is what is answered."""
+    line = " ".join(text.split())
+    if len(line) <= _SAMPLE_WIDTH:
+        return line
+    return "..." + line[3 - _SAMPLE_WIDTH :] if from_the_end else line[: _SAMPLE_WIDTH - 3] + "..."

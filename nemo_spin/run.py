@@ -6,23 +6,34 @@ import dataclasses
 import logging
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.source import open_checkpoint
 from nemo_spin.checkpoint.training import TrainingCheckpoints
-from nemo_spin.config import DatasetConfig, SpinConfig, parse_config
+from nemo_spin.config import LOGGERS, DatasetConfig, SpinConfig, parse_config
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError
 from nemo_spin.megatron import setup
+from nemo_spin.memory import MemoryEstimate, check_fits, estimate
+from nemo_spin.metrics_log import FILE_NAME, MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel, restore_tokenizer
 from nemo_spin.reporting import Reporter
+from nemo_spin.time_limit import TimeLimit
 from nemo_spin.tokenizers import check_tokenizer_fits
 from nemo_spin.trainer import SPINTrainer
+
+# Resuming, checkpoints and time are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
+_OURS = (
+    "resume_if_exists", "resume_ignore_no_checkpoint", "resume_from_checkpoint", "checkpoint_callback_params",
+    "max_time_per_run",
+)  # fmt: skip
+# logger -> the packages of which one has to be there
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,7 @@ class Inputs:
     """Everything a run needs before its weights: checked, and nothing written yet.
 
     context_length: most tokens of prompt and response. run_dir: where the run writes. resume_from: the checkpoint to
-    go on from, if any.
+    go on from, if any. memory: what each device will hold.
     """
 
     cfg: SpinConfig
@@ -39,6 +50,7 @@ class Inputs:
     context_length: int
     train_dataset: SFTDataset
     validation_dataset: SFTDataset | None
+    memory: MemoryEstimate
 
 
 def preflight(cfg: DictConfig) -> Inputs:
@@ -68,7 +80,10 @@ def preflight(cfg: DictConfig) -> Inputs:
         )
     train = _load(spin.train_ds, tokenizer, context_length)
     validation = _load(spin.validation_ds, tokenizer, context_length) if spin.validation_ds else None
-    return Inputs(spin, run_dir, resume_from, context_length, train, validation)
+    memory = estimate(architecture, spin, train.longest, context_length, len(train))
+    check_fits(memory, spin)
+    _check_loggers(cfg.exp_manager)
+    return Inputs(spin, run_dir, resume_from, context_length, train, validation, memory)
 
 
 def _load(cfg: DatasetConfig, tokenizer: TextTokenizer, context_length: int) -> SFTDataset:
@@ -97,11 +112,13 @@ def train(cfg: DictConfig) -> Path | None:
     """
     inputs = preflight(cfg)
     spin = inputs.cfg
-    loggers = _start_experiment(cfg, inputs.run_dir)
+    time_limit = TimeLimit(spin.loop.max_seconds)
+    log = _start_experiment(cfg, inputs.run_dir)
     parallel = spin.parallel
     setup.initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, spin.seed)
     try:
-        reporter = Reporter(_is_main(), loggers)
+        reporter = Reporter(_is_main(), log)
+        reporter.say(f"Layout: {parallel}; {inputs.memory}")
         for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
             for report in dataset.reports:
                 reporter.say(str(report))
@@ -109,21 +126,32 @@ def train(cfg: DictConfig) -> Path | None:
             cfg.model.precision = spin.precision
         model = MegatronGPTSPINModel.restore_from(spin.restore_from_path, override_config_path=cfg.model)
         model.prepare_training(spin, inputs.context_length, inputs.train_dataset.stop_ids)
-        trainer = SPINTrainer(spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter)
+        trainer = SPINTrainer(
+            spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, time_limit
+        )
         if inputs.resume_from is not None:
             trainer.resume(inputs.resume_from)
             reporter.say(f"Resumed from {inputs.resume_from}")
-        trainer.fit()
-        return _save_result(cfg, model, inputs.run_dir, reporter)
+        finished = trainer.fit()
+        if not finished:
+            reporter.say(
+                f"exp_manager.max_time_per_run is up: saved after step {trainer.progress.step}. The same command, with "
+                "exp_manager.resume_if_exists=true, goes on from there."
+            )
+        return _save_result(cfg, inputs, model, trainer, reporter) if finished else None
     finally:
         setup.shutdown()
 
 
-def _save_result(cfg: DictConfig, model: MegatronGPTSPINModel, run_dir: Path, reporter: Reporter) -> Path | None:
-    options = cfg.exp_manager.get("checkpoint_callback_params") or {}
-    if not options.get("save_nemo_on_train_end", True):
+def _save_result(
+    cfg: DictConfig, inputs: Inputs, model: MegatronGPTSPINModel, trainer: SPINTrainer, reporter: Reporter
+) -> Path | None:
+    if best := trainer.checkpoints.best():
+        checkpoint, value = best
+        reporter.say(f"Best {inputs.cfg.checkpoint.monitor}: {value:.4f}, {checkpoint}")
+    if not inputs.cfg.checkpoint.save_nemo_on_train_end:
         return None
-    path = run_dir / "checkpoints" / f"{cfg.exp_manager.get('name') or 'megatron_gpt_spin'}.nemo"
+    path = inputs.run_dir / "checkpoints" / f"{cfg.exp_manager.get('name') or 'megatron_gpt_spin'}.nemo"
     model.save_to(path)
     reporter.say(f"Saved {path}")
     return path
@@ -159,10 +187,20 @@ def _checkpoint_to_resume(cfg: DictConfig, run_dir: Path) -> Path | None:
     return None
 
 
-def _start_experiment(cfg: DictConfig, run_dir: Path) -> list[Any]:
-    """NeMo's exp_manager on the main process: loggers and the record of the command. Returns the loggers."""
+def _check_loggers(exp: DictConfig) -> None:
+    """Refuse a logger that is not installed, before anything is started for it."""
+    for name in LOGGERS:
+        if exp.get(f"create_{name}_logger") and not any(map(find_spec, _PACKAGES[name])):
+            raise ConfigError(
+                f"exp_manager.create_{name}_logger is true, but {name} is not installed: pip install {name}, or set it "
+                "to false."
+            )
+
+
+def _start_experiment(cfg: DictConfig, run_dir: Path) -> MetricsLog | None:
+    """NeMo's exp_manager on the main process: loggers and the record of the command. Returns where metrics go."""
     if not _is_main():
-        return []
+        return None
     from lightning.pytorch import Trainer
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exp_manager import exp_manager
@@ -171,14 +209,16 @@ def _start_experiment(cfg: DictConfig, run_dir: Path) -> list[Any]:
     nemo_logging.setLevel(nemo_logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
-    # Resuming and checkpoints are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
-    ours = ("resume_if_exists", "resume_ignore_no_checkpoint", "resume_from_checkpoint", "checkpoint_callback_params")
     options = OmegaConf.to_container(cfg.exp_manager, resolve=True)
-    options = {key: value for key, value in options.items() if key not in ours}
+    options = {key: value for key, value in options.items() if key not in _OURS}
     options |= {"explicit_log_dir": str(run_dir), "exp_dir": None, "create_checkpoint_callback": False}
+    if options.get("create_mlflow_logger"):
+        kwargs = {key: value for key, value in (options["mlflow_logger_kwargs"] or {}).items() if value is not None}
+        tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", f"file:{run_dir / 'mlruns'}")
+        options["mlflow_logger_kwargs"] = {"tracking_uri": tracking_uri} | kwargs
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
     exp_manager(trainer, OmegaConf.create(options))
     # exp_manager shows megatron-core's log on the terminal: a page of settings and buckets for every model it wraps.
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    return list(trainer.loggers)
+    return MetricsLog(run_dir / FILE_NAME, trainer.loggers)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_spin.config.keys import check_overrides
-from nemo_spin.config.parse import parse_config, register_resolvers, with_defaults
+from nemo_spin.config.parse import LOGGERS, parse_config, register_resolvers, with_defaults
 from nemo_spin.config.schema import (
     AlgorithmConfig,
+    CheckpointConfig,
     DatasetConfig,
     LengthParams,
     LoopConfig,
@@ -24,7 +25,9 @@ from nemo_spin.config.schema import (
 )
 
 __all__ = [
+    "LOGGERS",
     "AlgorithmConfig",
+    "CheckpointConfig",
     "DatasetConfig",
     "LengthParams",
     "LoopConfig",

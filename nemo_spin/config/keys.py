@@ -25,15 +25,16 @@ KEYS: dict[str, frozenset[str]] = {
         "trainer": "num_nodes devices accelerator precision spin",
         "trainer.spin": (
             "max_iterations max_epochs max_steps val_check_interval save_interval limit_train_batches "
-            "limit_val_batches gradient_clip_val"
+            "limit_val_batches gradient_clip_val log_samples"
         ),
         "exp_manager": (
             "explicit_log_dir exp_dir name create_tensorboard_logger "
-            "summary_writer_kwargs create_wandb_logger wandb_logger_kwargs resume_if_exists "
+            "summary_writer_kwargs create_wandb_logger wandb_logger_kwargs create_mlflow_logger "
+            "mlflow_logger_kwargs resume_if_exists max_time_per_run "
             "resume_ignore_no_checkpoint log_local_rank_0_only log_global_rank_0_only files_to_copy "
             "checkpoint_callback_params"
         ),
-        "exp_manager.checkpoint_callback_params": "save_nemo_on_train_end",
+        "exp_manager.checkpoint_callback_params": "monitor mode save_top_k save_nemo_on_train_end",
         "pretrained_checkpoint": "restore_from_path",
         "model": (
             "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel micro_batch_size "
@@ -41,7 +42,7 @@ KEYS: dict[str, frozenset[str]] = {
         ),
         "model.spin": (
             "ref_policy_kl_penalty rollout_batch_size rollout_window log_prob_forward_micro_batch_size "
-            "reset_optimizer_each_iteration sampling_params length_params"
+            "reset_optimizer_each_iteration held_out_rollouts first_rollouts_from_data sampling_params length_params"
         ),
         "model.spin.sampling_params": (
             "use_greedy temperature top_k top_p repetition_penalty end_strings add_BOS all_probs compute_logprob"
@@ -99,17 +100,16 @@ _IGNORED: dict[str, tuple[Rule, str]] = {
     "trainer.accumulate_grad_batches": (_one_of(1, None), "model.global_batch_size says how many pairs make a step"),
     "trainer.log_every_n_steps": (_any, "every step is logged"),
     "trainer.benchmark": (_any, "there are no convolutions"),
-    "trainer.max_time": (_one_of(None), "a run can be interrupted at any time and resumed"),
+    "trainer.max_time": (_one_of(None), "exp_manager.max_time_per_run is what counts"),
     "trainer.max_epochs": (_same_as("trainer", "spin", "max_epochs"), "trainer.spin.max_epochs is what counts"),
     "trainer.max_steps": (_same_as("trainer", "spin", "max_steps"), "trainer.spin.max_steps is what counts"),
     "exp_manager.version": (_one_of(None), "exp_dir/name is the directory of the run"),
     "exp_manager.use_datetime_version": (_any, "exp_dir/name is the directory of the run"),
-    "exp_manager.max_time_per_run": (_one_of(None), "a run can be interrupted at any time and resumed"),
     "exp_manager.resume_from_checkpoint": (_one_of(None), "exp_manager.resume_if_exists resumes from the last one"),
     "exp_manager.create_checkpoint_callback": (_any, "trainer.spin.save_interval says when to save"),
     **{
         f"exp_manager.checkpoint_callback_params.{key}": (_any, "the last checkpoint and each iteration's are kept")
-        for key in ("monitor", "mode", "save_top_k", "save_last", "filename", "verbose", "model_parallel_size")
+        for key in ("save_last", "filename", "verbose", "model_parallel_size")
     },
     "exp_manager.checkpoint_callback_params.always_save_nemo": (_one_of(False, None), "a .nemo is written at the end"),
     "model.mcore_gpt": (_one_of(True, None), "the model is megatron-core's"),

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_spin.config.keys import check_keys
 from nemo_spin.config.schema import (
     AlgorithmConfig,
+    CheckpointConfig,
     DatasetConfig,
     LengthParams,
     LoopConfig,
@@ -34,6 +35,10 @@ _PRECISIONS = {
     **dict.fromkeys(("bf16", "bf16-mixed"), "bf16"),
 }
 _OPTIMIZERS = ("adam", "adamw", "fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+# metric of a validation -> what is best
+_MONITORS = {"val_loss": "min", "val/loss": "min", "val/rewards/margins": "max", "val/rewards/accuracies": "max"}
+# the loggers of exp_manager that are offered, each with a switch create_*_logger
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 _SCHEDULES = ("CosineAnnealing", "LinearAnnealing", "Constant")
 
 
@@ -53,7 +58,7 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
     check_keys(cfg)
     root = Section(cfg)
     trainer, model = root.section("trainer"), root.section("model")
-    loop = _loop(trainer.section("spin"))
+    loop = _loop(trainer.section("spin"), root.section("exp_manager"))
     parallel = _parallel(trainer, model)
     micro_batch_size = model.integer("micro_batch_size", 1, minimum=1)
     global_batch_size = model.integer("global_batch_size", minimum=1)
@@ -63,12 +68,19 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
             f"model.global_batch_size = {global_batch_size} is not divisible by micro_batch_size {micro_batch_size} x "
             f"data-parallel size {parallel.data_parallel_size}: use a multiple of {per_step}."
         )
-    _check_experiment(root.section("exp_manager"))
+    experiment = root.section("exp_manager")
+    _check_experiment(experiment)
     data = model.section("data")
     validation = data.section("validation_ds")
+    spin = _algorithm(model.section("spin"), loop.max_iterations, global_batch_size)
+    if spin.held_out_rollouts and validation.get("file_path") is None:
+        raise ConfigError(
+            f"model.spin.held_out_rollouts = {spin.held_out_rollouts}, but model.data.validation_ds.file_path is null: "
+            "name the held-out data, or set held_out_rollouts=0."
+        )
     return SpinConfig(
         loop=loop,
-        spin=_algorithm(model.section("spin"), loop.max_iterations, global_batch_size),
+        spin=spin,
         parallel=parallel,
         optim=_optim(model.section("optim"), loop.max_iterations),
         train_ds=_dataset(data.section("train_ds"), data, shuffle=True),
@@ -81,6 +93,7 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
         restore_from_path=root.section("pretrained_checkpoint").path("restore_from_path"),
         tokenizer=_tokenizer(model.section("tokenizer")),
         recompute=_recompute(model),
+        checkpoint=_checkpoint(experiment.section("checkpoint_callback_params"), spin.held_out_rollouts > 0),
     )
 
 
@@ -99,12 +112,37 @@ def _resolve(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_experiment(section: Section) -> None:
-    for key in ("create_tensorboard_logger", "create_wandb_logger", "resume_if_exists", "resume_ignore_no_checkpoint"):
+    for name in LOGGERS:
+        section.flag(f"create_{name}_logger", False)
+    for key in ("resume_if_exists", "resume_ignore_no_checkpoint"):
         section.flag(key, False)
-    section.section("checkpoint_callback_params").flag("save_nemo_on_train_end", True)
 
 
-def _loop(spin: Section) -> LoopConfig:
+def _checkpoint(section: Section, has_held_out_rollouts: bool) -> CheckpointConfig:
+    monitor = section.choice("monitor", tuple(_MONITORS), "val_loss")
+    if monitor != "val_loss" and not has_held_out_rollouts:
+        raise section.error("monitor", "it needs model.spin.held_out_rollouts above 0; use val_loss without")
+    return CheckpointConfig(
+        monitor=monitor,
+        mode=section.choice("mode", ("min", "max"), _MONITORS[monitor]),
+        save_top_k=section.integer("save_top_k", 0, minimum=-1),
+        save_nemo_on_train_end=section.flag("save_nemo_on_train_end", True),
+    )
+
+
+def _seconds(section: Section, key: str) -> float | None:
+    """NeMo's DD:HH:MM:SS in seconds."""
+    value = section.get(key)
+    if value is None:
+        return None
+    parts = str(value).split(":")
+    if len(parts) != 4 or not all(part.isdecimal() for part in parts) or not any(map(int, parts)):
+        raise section.error(key, 'use DD:HH:MM:SS in quotes, such as "00:03:45:00" for 3 hours and 45 minutes')
+    days, hours, minutes, seconds = map(int, parts)
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _loop(spin: Section, experiment: Section) -> LoopConfig:
     max_steps = spin.integer("max_steps", -1, minimum=-1)
     if max_steps == 0:
         raise spin.error("max_steps", "use -1 for no limit, or at least 1")
@@ -117,6 +155,8 @@ def _loop(spin: Section) -> LoopConfig:
         limit_train_batches=spin.count_or_fraction("limit_train_batches", 1.0, of="batches", minimum=1),
         limit_val_batches=spin.count_or_fraction("limit_val_batches", 1.0, of="batches"),
         gradient_clip_val=spin.number("gradient_clip_val", 0.0, minimum=0.0),
+        max_seconds=_seconds(experiment, "max_time_per_run"),
+        log_samples=spin.integer("log_samples", 3, minimum=0),
     )
 
 
@@ -157,6 +197,8 @@ def _algorithm(spin: Section, max_iterations: int, global_batch_size: int) -> Al
         rollout_window=window,
         log_prob_forward_micro_batch_size=spin.integer("log_prob_forward_micro_batch_size", 1, minimum=1),
         reset_optimizer=spin.flag("reset_optimizer_each_iteration", True),
+        held_out_rollouts=spin.integer("held_out_rollouts", 0, minimum=0),
+        first_rollouts_from_data=spin.flag("first_rollouts_from_data", False),
         sampling_params=_sampling(spin.section("sampling_params")),
         length_params=_lengths(spin.section("length_params")),
     )

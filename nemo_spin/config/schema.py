@@ -21,6 +21,8 @@ class LoopConfig:
     limit_train_batches, limit_val_batches: global batches of an epoch or a validation that are used: a number (int) or
         a fraction (float in (0, 1]); 0 validation batches switch validation off.
     gradient_clip_val: largest 2-norm of the gradient, over all parameters; 0 for no clipping.
+    max_seconds: after so many the run saves and ends; None for no limit (`exp_manager.max_time_per_run`).
+    log_samples: generated responses that are shown beside the human ones in each iteration.
     """
 
     max_iterations: int
@@ -31,6 +33,8 @@ class LoopConfig:
     limit_train_batches: int | float
     limit_val_batches: int | float
     gradient_clip_val: float
+    max_seconds: float | None
+    log_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,9 @@ class AlgorithmConfig:
         iteration, before its first step.
     log_prob_forward_micro_batch_size: pairs per forward pass when the reference's log-probabilities are computed.
     reset_optimizer: each iteration begins with a fresh optimizer and schedule; otherwise both run on.
+    held_out_rollouts: examples of the validation data that the reference answers at each iteration's start, so that
+        validation has SPIN's loss and accuracy too; 0 for validation by the NLL alone.
+    first_rollouts_from_data: the first iteration uses the generated responses that the data have, and makes none.
     """
 
     ref_policy_kl_penalty: tuple[float, ...]
@@ -82,6 +89,8 @@ class AlgorithmConfig:
     rollout_window: int | None
     log_prob_forward_micro_batch_size: int
     reset_optimizer: bool
+    held_out_rollouts: int
+    first_rollouts_from_data: bool
     sampling_params: SamplingParams
     length_params: LengthParams
 
@@ -111,6 +120,12 @@ class ParallelConfig:
     @property
     def data_parallel_size(self) -> int:
         return self.world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+
+    def __str__(self) -> str:
+        sizes = (
+            f"{self.tensor_model_parallel_size} x PP {self.pipeline_model_parallel_size} x DP {self.data_parallel_size}"
+        )
+        return f"TP {sizes}" + (", sequence parallel" if self.sequence_parallel else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +227,21 @@ class RecomputeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """`exp_manager.checkpoint_callback_params`: which checkpoints stay, and what is written at the end.
+
+    monitor, mode: metric by which checkpoints are best, and whether "min" or "max" of it is.
+    save_top_k: so many of the best within iterations stay, beside the newest and each iteration's last; -1 for all.
+    save_nemo_on_train_end: write the trained policy as a `.nemo`.
+    """
+
+    monitor: str
+    mode: str
+    save_top_k: int
+    save_nemo_on_train_end: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SpinConfig:
     """A whole run.
 
@@ -238,3 +268,4 @@ class SpinConfig:
     restore_from_path: str
     tokenizer: TokenizerConfig | None
     recompute: RecomputeConfig
+    checkpoint: CheckpointConfig

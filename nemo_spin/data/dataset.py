@@ -61,6 +61,11 @@ class SFTDataset:
         store, row = self._find(index)
         return Example(index, *store.prompt_and_response(row))
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that prompt and response of an example may have: no more than `max_seq_length`."""
+        return max(min(report.longest, report.max_seq_length) for report in self.reports)
+
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 

@@ -82,6 +82,18 @@ def num_batches(num_examples: int, global_batch_size: int, limit: int | float | 
     return min(total, max(1, math.floor(total * limit + 1e-6))) if limit > 0 else 0
 
 
+def index_batches(
+    order: Tensor, global_batch_size: int, start_batch: int = 0, limit_batches: int | float | None = None
+) -> Iterator[Tensor]:
+    """Yield the indices of the epoch's global batches, int64 [b] each, from number `start_batch` on.
+
+    The last batch may be smaller, nothing is dropped. limit_batches: as in `num_batches`, counted from the epoch's
+    start: a resumed epoch ends where it would have.
+    """
+    for batch in range(start_batch, num_batches(len(order), global_batch_size, limit_batches)):
+        yield order[batch * global_batch_size : (batch + 1) * global_batch_size]
+
+
 def batches(
     dataset: Examples,
     order: Tensor,
@@ -89,13 +101,9 @@ def batches(
     start_batch: int = 0,
     limit_batches: int | float | None = None,
 ) -> Iterator[list[Example]]:
-    """Yield the epoch's global batches from number `start_batch` on; the last may be smaller, nothing is dropped.
-
-    limit_batches: as in `num_batches`, counted from the epoch's start: a resumed epoch ends where it would have.
-    """
-    for batch in range(start_batch, num_batches(len(order), global_batch_size, limit_batches)):
-        start = batch * global_batch_size
-        yield [dataset[index] for index in order[start : start + global_batch_size].tolist()]
+    """As `index_batches`, with the examples themselves."""
+    for indices in index_batches(order, global_batch_size, start_batch, limit_batches):
+        yield [dataset[index] for index in indices.tolist()]
 
 
 def _chosen(file: Share, name: str | None, epochs_before: int) -> Tensor:

@@ -18,6 +18,7 @@ from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import KVCache, kv_cache
 from nemo_spin.generation.mode import generating
 from nemo_spin.generation.noise import sample_key
+from nemo_spin.generation.rotary import RotaryAngles
 from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
 from nemo_spin.generation.schedule import Row, Schedule
 from nemo_spin.generation.stages import Stage
@@ -156,7 +157,8 @@ class Generator:
         cache.begin_prefill(first)
         if seen is not None:
             seen.admit(first, [row.prompt_ids for row in rows])
-        logits = self._stage.forward(tokens, positions, angles[:longest] if angles is not None else None, last)
+        rotary = RotaryAngles.of(angles[:longest]) if angles is not None else None
+        logits = self._stage.forward(tokens, positions, rotary, last)
         self.statistics.prefills += 1
         self.statistics.prefill_tokens += tokens.numel()
         self._extend(rows, first, logits, seen)
@@ -166,7 +168,7 @@ class Generator:
         host = [[row.ids[-1] for row in rows], [row.length - 1 for row in rows]]
         tokens, positions = torch.tensor(host, device=self._device)
         cache.begin_decode(positions, max(row.length for row in rows), self._dtype)
-        rotary = angles[positions, 0][None] if angles is not None else None
+        rotary = RotaryAngles.of(angles[positions, 0][None]) if angles is not None else None
         logits = self._stage.forward(tokens[:, None], positions[:, None], rotary, None)
         self.statistics.decode_steps += 1
         self.statistics.row_steps += len(rows)

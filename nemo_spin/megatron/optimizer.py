@@ -59,6 +59,7 @@ class Optimizer:
             ),
             [self.model],
         )
+        self._use_one_kernel_for_adam()
         config.grad_scale_func = self._adam.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         self._scheduler: OptimizerParamScheduler | None = None
@@ -127,6 +128,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with self._groups_without_schedule():
             self._adam.load_state_dict(state)
+        self._use_one_kernel_for_adam()
         for values in self._moments():
             if "step" in values:
                 # All parameters come back sharing one tensor, which every one of them would then advance.
@@ -153,6 +155,14 @@ class Optimizer:
     def _moments(self) -> list[dict[str, Any]]:
         inner = [part.optimizer for part in self._parts() if getattr(part, "optimizer", None) is not None]
         return list(chain.from_iterable(optimizer.state.values() for optimizer in inner))
+
+    def _use_one_kernel_for_adam(self) -> None:
+        """torch's Adam, which megatron-core takes where Apex and TransformerEngine are missing, then goes over its
+        tensors once and not a dozen times."""
+        for part in self._parts():
+            if isinstance(getattr(part, "optimizer", None), torch.optim.Adam):
+                for group in part.optimizer.param_groups:
+                    group["fused"] = True
 
     def _forget_moments(self) -> None:
         for values in self._moments():

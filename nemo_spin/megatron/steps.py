@@ -83,15 +83,43 @@ def _gradient_scale() -> int:
 def spin_step(optimizer: Optimizer, pairs: Sequence[Pair], beta: float, batching: Batching) -> dict[str, float]:
     """One optimizer step on a global batch of pairs. Returns the metrics of the batch, the same on every rank.
 
-    `loss` and every `rewards/*` and `logps/*` is the mean over pairs; `tokens/chosen` and `tokens/rejected` the mean
-    number of response tokens; `grad_norm` is taken before clipping; `lr` is the learning rate of this step.
+    `loss`, `kl` and every `rewards/*` and `logps/*` is the mean over pairs; `tokens/chosen` and `tokens/rejected` the
+    mean number of response tokens; `grad_norm` is taken before clipping; `lr` is the learning rate of this step.
     """
+    totals = _train(
+        optimizer, _spin_micro_batches(pairs, batching), _spin_objective(beta, len(pairs)), batching.vocab_size
+    )
+    grad_norm, lr = optimizer.step()
+    return {name: value / len(pairs) for name, value in totals.items()} | {"grad_norm": grad_norm, "lr": lr}
+
+
+@torch.no_grad()
+def spin_metrics_of(gpt: GPTModel, pairs: Sequence[Pair], beta: float, batching: Batching) -> dict[str, float]:
+    """The metrics of `spin_step` for a global batch, summed over its pairs, without a step; on every rank."""
+    gpt.eval()
+    values = forward.run(
+        gpt,
+        _spin_micro_batches(pairs, batching),
+        _spin_objective(beta, len(pairs)),
+        batching.vocab_size,
+        forward_only=True,
+    )
+    return _total(values, _device(gpt))
+
+
+def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[tuple[Tensor, Tensor]]]:
+    """Chosen and rejected of a pair go through the model together; with them their weights and reference logps."""
     micro_batches = []
     for items, weights in _own_share(pairs, batching.micro_batch_size):
         prompts = [pair.example.prompt_ids for pair in items]
         responses = [pair.example.response_ids for pair in items] + [pair.rejected_ids for pair in items]
         reference = torch.tensor([[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in items])
         micro_batches.append(MicroBatch(batching.collate(prompts * 2, responses), (weights, reference)))
+    return micro_batches
+
+
+def _spin_objective(beta: float, num_pairs: int) -> forward.Objective:
+    """The mean loss over `num_pairs` pairs, and the sums of the metrics over a micro-batch."""
 
     def objective(micro_batch: MicroBatch[tuple[Tensor, Tensor]], per_token_logps: Tensor):
         logps = per_token_logps.sum(-1)
@@ -104,11 +132,9 @@ def spin_step(optimizer: Optimizer, pairs: Sequence[Pair], beta: float, batching
             values = spin_metrics(chosen, rejected, ref_chosen, ref_rejected, beta)
             values |= {"loss": losses, "tokens/chosen": tokens[0], "tokens/rejected": tokens[1]}
             sums = {name: (value * weights).sum() for name, value in values.items()}
-        return (losses * weights).sum() * (_gradient_scale() / len(pairs)), sums
+        return (losses * weights).sum() * (_gradient_scale() / num_pairs), sums
 
-    totals = _train(optimizer, micro_batches, objective, batching.vocab_size)
-    grad_norm, lr = optimizer.step()
-    return {name: value / len(pairs) for name, value in totals.items()} | {"grad_norm": grad_norm, "lr": lr}
+    return objective
 
 
 def sft_step(optimizer: Optimizer, examples: Sequence[Example], batching: Batching) -> dict[str, float]:

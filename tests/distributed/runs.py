@@ -87,7 +87,7 @@ class InterruptingReporter(Reporter):
         self.after = after
         self.history: list[dict[str, Any]] = []
 
-    def step(self, progress: Any, epoch: int, metrics: dict[str, float], total: int) -> None:
+    def step(self, progress: Any, epoch: int, metrics: dict[str, float], *args: Any) -> None:
         self.history.append({"step": progress.step, "epoch": epoch, "loss": metrics["loss"]})
         if self.after is not None and progress.step == self.after:
             # Where an interval checkpoint is due at this step, it has not been written yet.

@@ -18,9 +18,9 @@ PARALLELISM = {"torch.distributed", "megatron"}
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "__init__.py errors.py losses.py pairs.py progress.py config data",
-        "megatron generation checkpoint reference.py rollouts.py",
-        "model.py trainer.py tokenizers.py archive.py reporting.py",
+        "__init__.py errors.py losses.py pairs.py progress.py timing.py config data",
+        "megatron generation checkpoint reference.py rollouts.py rollout_store.py memory.py time_limit.py",
+        "model.py trainer.py tokenizers.py archive.py reporting.py metrics_log.py",
         "run.py score.py data_view.py launch.py cli.py commands quiet.py",
     )
 )

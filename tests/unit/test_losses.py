@@ -36,6 +36,7 @@ def test_rewards_carry_beta_and_equal_policies_count_half(logps: list[torch.Tens
     metrics = spin_metrics(chosen, rejected, ref_chosen, ref_rejected, 0.3)
     torch.testing.assert_close(metrics["rewards/chosen"], 0.3 * (chosen - ref_chosen))
     torch.testing.assert_close(metrics["rewards/margins"], metrics["rewards/chosen"] - metrics["rewards/rejected"])
+    torch.testing.assert_close(metrics["kl"], -metrics["rewards/rejected"] / 0.3)
     at_reference = spin_metrics(chosen, rejected, chosen, rejected, 0.3)
     assert at_reference["rewards/accuracies"].tolist() == [0.5] * 6
     torch.testing.assert_close(spin_loss(chosen, rejected, chosen, rejected, 0.3), torch.full((6,), LN_2).double())

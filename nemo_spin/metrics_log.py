@@ -1,0 +1,94 @@
+"""Where a run's metrics go: metrics.jsonl in its directory, and the loggers that exp_manager attached.
+
+metrics.jsonl has one object per line: `time` (Unix seconds), `kind`, `step` (optimizer steps of the whole run),
+`iteration`, and metrics by their names. After a `resume` line at step s, lines before it with a later step no longer
+count: that part of the run was done again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_spin.progress import Progress
+from nemo_spin.rollout_store import Sample
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLogger(Protocol):
+    """A Lightning logger, as far as it is used."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
+
+
+class MetricsLog:
+    """Writes metrics as they come; a line is on disk when the call returns."""
+
+    def __init__(self, path: Path | None = None, loggers: Sequence[MetricsLogger] = ()) -> None:
+        """path: the file to append to, None for none."""
+        self._path = path
+        self._loggers = list(loggers)
+        if path is not None:
+            _end_last_line(path)
+
+    def write(self, kind: str, progress: Progress, metrics: dict[str, float], **position: int) -> None:
+        """kind: start, train, rollout, validation, checkpoint, iteration, resume or end. position: further counts."""
+        counts = {"step": progress.step, "iteration": progress.iteration, **position}
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": time.time(), "kind": kind, **counts, **metrics}) + "\n")
+        if metrics:
+            for logger in self._loggers:
+                logger.log_metrics({**metrics, **counts}, progress.step)
+
+    def write_samples(self, samples: Iterable[Sample], progress: Progress) -> None:
+        """Generated responses beside the human ones, for those of the loggers that show text."""
+        rows = list(samples)
+        for logger in self._loggers:
+            show = _SHOW.get(type(logger).__name__)
+            if rows and show is not None:
+                show(logger, rows, progress)
+
+
+def _end_last_line(path: Path) -> None:
+    """A run that was killed may have left half a line, which would spoil the next."""
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def _in_tensorboard(logger: Any, samples: Sequence[Sample], progress: Progress) -> None:
+    for sample in samples:
+        # indented text is shown as it is in TensorBoard's Markdown
+        parts = (
+            ("prompt", sample.prompt),
+            ("human", sample.chosen),
+            (f"generated ({sample.finish_reason})", sample.rejected),
+        )
+        text = "\n\n".join(
+            f"**{name}**\n\n" + "\n".join(f"    {line}" for line in part.splitlines()) for name, part in parts
+        )
+        logger.experiment.add_text(f"samples/{sample.index}", text, progress.step)
+
+
+def _in_wandb(logger: Any, samples: Sequence[Sample], progress: Progress) -> None:
+    columns = ["iteration", "index", "prompt", "human", "generated", "finish_reason"]
+    rows = [[progress.iteration, s.index, s.prompt, s.chosen, s.rejected, s.finish_reason] for s in samples]
+    logger.log_table(key=f"samples/iteration-{progress.iteration:03d}", columns=columns, data=rows, step=progress.step)
+
+
+def _in_mlflow(logger: Any, samples: Sequence[Sample], progress: Progress) -> None:
+    text = json.dumps(
+        [{name: getattr(s, name) for name in Sample.__slots__} for s in samples], indent=2, ensure_ascii=False
+    )
+    logger.experiment.log_text(logger.run_id, text, f"samples/iteration-{progress.iteration:03d}.json")
+
+
+# by the name of the class, because importing it means importing what may not be installed
+_SHOW = {"TensorBoardLogger": _in_tensorboard, "WandbLogger": _in_wandb, "MLFlowLogger": _in_mlflow}
