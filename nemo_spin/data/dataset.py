@@ -78,6 +78,11 @@ class SFTDataset:
         store, row = self._find(index)
         return store.rejected(row)
 
+    @property
+    def num_given_rejected(self) -> int:
+        """Number of examples for which `given_rejected` is not None."""
+        return sum(store.num_rejected for store in self._stores)
+
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Number of tokens of every prompt and of every response, its stop token included: int32 [len] each."""
         prompts, responses = zip(*(store.lengths() for store in self._stores), strict=True)

@@ -110,6 +110,11 @@ class ExampleStore:
         batch, row = self._find(index)
         return batch[2][row]
 
+    @property
+    def num_rejected(self) -> int:
+        """Number of examples that came with a rejected response."""
+        return len(self) - self._table.column("rejected_ids").null_count
+
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Number of tokens of every prompt and of every response: int32 [len] each."""
         prompt, response = ([np.diff(batch[i].ends) for batch in self._batches] for i in (0, 1))
