@@ -76,7 +76,7 @@ def preflight(cfg: DictConfig) -> Inputs:
             'examples of model.data.train_ds have no generated response: use {"real", "generated"} records, or set it '
             "to false."
         )
-    memory = estimate(architecture, spin, max(report.longest for report in train.reports), context_length, len(train))
+    memory = estimate(architecture, spin, train.longest, context_length, len(train))
     check_fits(memory, spin)
     experiment.check_loggers(cfg.exp_manager)
     return Inputs(spin, run_dir, resume_from, context_length, train, validation, memory)

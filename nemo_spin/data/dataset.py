@@ -61,6 +61,11 @@ class SFTDataset:
         store, row = self._find(index)
         return Example(index, *store.prompt_and_response(row))
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that prompt and response of an example may have: no more than `max_seq_length`."""
+        return max(min(report.longest, report.max_seq_length) for report in self.reports)
+
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
@@ -75,7 +80,7 @@ class SFTDataset:
 
     @property
     def num_given_rejected(self) -> int:
-        """Examples for which `given_rejected` has a response."""
+        """Number of examples for which `given_rejected` is not None."""
         return sum(store.num_rejected for store in self._stores)
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:

@@ -112,9 +112,8 @@ class ExampleStore:
 
     @property
     def num_rejected(self) -> int:
-        """Examples with a rejected response that came with the data."""
-        column = self._table.column("rejected_ids")
-        return len(column) - column.null_count
+        """Number of examples that came with a rejected response."""
+        return len(self) - self._table.column("rejected_ids").null_count
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Number of tokens of every prompt and of every response: int32 [len] each."""

@@ -154,6 +154,7 @@ def test_given_rejected_responses(write, tokenizer):
     assert tokenizer.decode(dataset.given_rejected(0)) == "bbb<|im_end|>"
     assert dataset.given_rejected(1) is None
     assert dataset.given_rejected(2) is None
+    assert dataset.num_given_rejected == 1
     room = len(dataset[0].prompt_ids) + 3
     cut = load_dataset(write(pair("bbbb")), tokenizer, max_seq_length=room)
     assert tokenizer.decode(cut.given_rejected(0)) == "bbb"  # no stop token: it was cut off
