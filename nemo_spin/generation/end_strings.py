@@ -35,6 +35,7 @@ def text_of_response(
     if ids[-1] in stop_ids:
         return tokenizer.decode(ids[:-1])
     text = tokenizer.decode(ids)
-    # The last one: what came before the response's minimum length has ended nothing.
-    ends = [place for end in end_strings if (place := text.rfind(end)) >= 0]
-    return text[: max(ends)] if ends else text
+    # The last one, because those before the response's minimum length have ended nothing; of two, the longer.
+    found = [(place + len(end), len(end)) for end in end_strings if (place := text.rfind(end)) >= 0]
+    stop, length = max(found, default=(len(text), 0))
+    return text[: stop - length]
