@@ -149,8 +149,8 @@ def respond(model: MegatronGPTSPINModel, cfg: GenerateConfig, request: Request, 
     # Nothing is written while another process may still be reading what is there.
     dist.barrier()
     file_or_none = writing(cfg.output, request.found, request.settings, request.prompts) if is_main else nullcontext()
-    total = len(request.prompts) * cfg.num_samples
-    with file_or_none as file, tqdm(total=total, initial=len(request.found.done), disable=not is_main) as bar:
+    total, done = len(request.prompts) * cfg.num_samples, len(request.found.done)
+    with file_or_none as file, tqdm(total=total, initial=done, unit=" responses", disable=not is_main) as bar:
         for chunk in _chunks(request, cfg):
             requests = [
                 GenerationRequest(prompt.index, tuple(prompt.ids), cfg.lengths.max_length or context_length, sample)

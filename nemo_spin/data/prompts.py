@@ -73,10 +73,12 @@ def read_prompts(
 
 
 def _id_of(record: dict[str, Any], index: int, where: str) -> str | int | float:
-    value = record.get("id", index)
+    value = record.get("id")
+    if value is None:
+        return index
     if isinstance(value, str):
         return text_of(value, "'id'", where)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        found = shortened(value) if isinstance(value, float) else kind_of(value)
-        raise DataError(f"{where}: 'id' must be a string or a number, found {found}: change or remove it")
-    return value
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    found = shortened(value) if isinstance(value, float) else kind_of(value)
+    raise DataError(f"{where}: 'id' must be a string or a number, found {found}: change or remove it")
