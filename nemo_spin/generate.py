@@ -89,7 +89,7 @@ def preflight(cfg: GenerateConfig) -> Request:
     check_layout(architecture, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, False)
     encoder = RecordEncoder(tokenizer, **cfg.record_options)
     prompts, report = read_prompts(cfg.prompts, encoder, architecture.max_sequence_length, cfg.on_bad_record)
-    stop_ids = encoder.stop_ids()
+    stop_ids = encoder.stop_ids(report.formats)
     settings = {
         "checkpoint": os.path.abspath(cfg.checkpoint),
         "checkpoint_fingerprint": fingerprint(cfg.checkpoint),

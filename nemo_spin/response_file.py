@@ -7,6 +7,7 @@ would mix two distributions, which nobody could tell from the lines.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -85,8 +86,19 @@ class ResponseWriter:
         self._path = path
         # Unbuffered: a line is in the file when `append` returns, whatever happens to this process then.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._lock()
         self._file.truncate(size)
         self._size = size
+
+    def _lock(self) -> None:
+        """Until `close`; a job that was queued again may begin before its predecessor has ended."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(f"{self._path} is being written by another run: wait for it, or end it.") from None
+        except OSError:
+            pass  # a file system without locks
 
     def append(self, response: Mapping[str, Any]) -> None:
         rest = memoryview(json.dumps(response, ensure_ascii=False).encode() + b"\n")

@@ -67,6 +67,8 @@ def read_prompts(
         places[prompt.id] = where
         prompts.append(prompt)
         report.read += 1
+        kind = encoder.kind(record)
+        report.formats[kind] = report.formats.get(kind, 0) + 1
         report.longest = max(report.longest, len(ids))
     report.refuse(overlong="drop", on_bad_record=on_bad_record)
     return prompts, report

@@ -57,6 +57,8 @@ def test_what_may_change_between_runs(output: Path) -> None:
     with writing(output, find(output, prompts=more), SETTINGS, more) as file:
         file.append({"id": "new", "sample": 0})
     assert len(find(output, prompts=more).done) == 4
+    with pytest.raises(UserError, match=r"other prompts \(4 of them\)"):
+        find(output, prompts=[*PROMPTS, Prompt(3, "new", array("i", [10]))])
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,18 @@ def test_no_part_of_a_line_stays_when_it_cannot_be_written(output: Path) -> None
 
     with pytest.raises(UserError, match="No space left"):
         write_to_full_disk()
+    assert output.read_bytes() == whole
+
+
+def test_two_runs_do_not_write_at_once(output: Path) -> None:
+    whole = output.read_bytes()
+
+    def write_too() -> None:
+        with writing(output, Found(), SETTINGS, PROMPTS):
+            pass
+
+    with writing(output, find(output), SETTINGS, PROMPTS), pytest.raises(UserError, match="by another run"):
+        write_too()
     assert output.read_bytes() == whole
 
 

@@ -33,6 +33,7 @@ def test_every_kind_of_prompt_with_and_without_an_id(write: Write, tokenizer: An
     assert [(prompt.index, prompt.id) for prompt in prompts] == [(0, 0), (1, "b"), (2, 1.5), (3, 3), (4, 4)]
     assert [list(prompt.ids) for prompt in prompts] == [tokenizer.encode("Hi"), [9, 10], *[tokenizer.encode("Hi")] * 3]
     assert report.read == 5
+    assert report.formats == {"template": 4, "token ids": 1}
 
 
 @pytest.mark.parametrize(
