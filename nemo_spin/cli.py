@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import nemo_spin.quiet  # noqa: F401
-from nemo_spin.commands import data, report, score, train
+from nemo_spin.commands import data, generate, report, score, train
 
-COMMANDS = (train, data, score, report)
+COMMANDS = (train, data, generate, score, report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

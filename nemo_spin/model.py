@@ -23,8 +23,9 @@ from nemo_spin.checkpoint.source import CheckpointSource, open_checkpoint
 from nemo_spin.checkpoint.stored import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1, override
 from nemo_spin.checkpoint.weights import load_weights
-from nemo_spin.config import RecomputeConfig, SpinConfig
+from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
 from nemo_spin.errors import UserError
+from nemo_spin.generation.end_strings import ends_with_any
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
@@ -97,6 +98,47 @@ class MegatronGPTSPINModel(ModelPT):
         )
         self.gpt = build_gpt(architecture, self.precision, self.sequence_parallel, recompute)
 
+    # ------------------------------------------------------------------------------------------ for any use
+
+    def generator(
+        self,
+        sampling: SamplingParams,
+        min_length: int,
+        stop_ids: frozenset[int],
+        seed: int,
+        slots: int,
+        context_length: int,
+    ) -> Generator:
+        """What makes responses with the weights that the model has then; see `Generator` for the numbers.
+
+        stop_ids: the ids at which a response ends, beside the end strings of `sampling`: one that is a single token
+        joins them, the others are looked for in the text.
+        """
+        ids = {text: self.tokenizer.id_of(text) for text in sampling.end_strings}
+        in_text = [text for text, token in ids.items() if token is None]
+        return Generator(
+            self.gpt,
+            vocab_size=min(self.tokenizer.vocab_size, self.architecture.vocab_size),
+            max_sequence_length=context_length,
+            sampling=sampling,
+            min_length=min_length,
+            stop_ids=stop_ids | {token for token in ids.values() if token is not None},
+            seed=seed,
+            slots=slots,
+            pad_id=self.tokenizer.pad_id,
+            should_stop=ends_with_any(in_text, self.tokenizer) if in_text else None,
+        )
+
+    def batching(self, micro_batch_size: int) -> Batching:
+        """How sequences become tensors for this model, `micro_batch_size` at a time."""
+        tensor_model_parallel_size, _ = setup.layout()
+        return Batching(
+            vocab_size=self.architecture.vocab_size,
+            pad_id=self.tokenizer.pad_id,
+            micro_batch_size=micro_batch_size,
+            multiple_of=tensor_model_parallel_size if self.sequence_parallel else 1,
+        )
+
     # ------------------------------------------------------------------------------------------ training
 
     def prepare_training(self, cfg: SpinConfig, context_length: int, stop_ids: frozenset[int]) -> None:
@@ -111,30 +153,13 @@ class MegatronGPTSPINModel(ModelPT):
         self._max_new_tokens = cfg.spin.length_params.max_length or context_length
         self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
         self.reference = Reference(self.gpt, keep_copy=cfg.spin.rollout_window is not None)
-        end_strings = [text for text in cfg.spin.sampling_params.end_strings if self.tokenizer.id_of(text) is None]
-        single = {self.tokenizer.id_of(text) for text in cfg.spin.sampling_params.end_strings} - {None}
-        self._stop_ids = stop_ids | single
-        self._generator = Generator(
-            self.gpt,
-            vocab_size=min(self.tokenizer.vocab_size, self.architecture.vocab_size),
-            max_sequence_length=context_length,
-            sampling=cfg.spin.sampling_params,
+        self._generator = self.generator(
+            cfg.spin.sampling_params,
             min_length=cfg.spin.length_params.min_length,
-            stop_ids=self._stop_ids,
+            stop_ids=stop_ids,
             seed=cfg.seed,
             slots=cfg.spin.rollout_batch_size,
-            pad_id=self.tokenizer.pad_id,
-            should_stop=ends_with_any(end_strings, self.tokenizer) if end_strings else None,
-        )
-
-    def batching(self, micro_batch_size: int) -> Batching:
-        """How sequences become tensors for this model, `micro_batch_size` at a time."""
-        tensor_model_parallel_size, _ = setup.layout()
-        return Batching(
-            vocab_size=self.architecture.vocab_size,
-            pad_id=self.tokenizer.pad_id,
-            micro_batch_size=micro_batch_size,
-            multiple_of=tensor_model_parallel_size if self.sequence_parallel else 1,
+            context_length=context_length,
         )
 
     def start_schedule(self, lr: float, total_steps: int, steps_done: int, fresh: bool) -> None:
@@ -178,7 +203,7 @@ class MegatronGPTSPINModel(ModelPT):
     ) -> list[Rollout]:
         """Rollouts of given responses, with both reference log-probabilities."""
         with self.reference.swapped_in():
-            return score_given(self.gpt, examples, responses, self._stop_ids, self._score_batching, progress)
+            return score_given(self.gpt, examples, responses, self._generator.stop_ids, self._score_batching, progress)
 
     def refresh_reference(self) -> None:
         """The policy becomes the reference."""
@@ -256,21 +281,6 @@ class MegatronGPTSPINModel(ModelPT):
     def list_available_models(cls) -> list[Any]:
         """None: start from your own SFT checkpoint."""
         return []
-
-
-def ends_with_any(end_strings: Sequence[str], tokenizer: NeMoTokenizer) -> Callable[[Sequence[int]], bool]:
-    """A function that tells whether the text of generated ids has come to one of the strings.
-
-    Called after every token, so that it needs to look at the last tokens only: each has at least one character, up to
-    byte-level pieces, for which there is room.
-    """
-    reach = max(map(len, end_strings)) * 4
-
-    def should_stop(ids: Sequence[int]) -> bool:
-        text = tokenizer.decode(ids[-reach:])
-        return any(end in text for end in end_strings)
-
-    return should_stop
 
 
 def restore_tokenizer(source: CheckpointSource, overriding: Mapping[str, Any] | None) -> NeMoTokenizer:

@@ -81,14 +81,24 @@ def _score(
     """responses: (token ids, finish reason) of the rejected response to each example."""
     prompts = [example.prompt_ids for example in examples]
     both = [example.response_ids for example in examples] + [ids for ids, _ in responses]
-    token_logps = response_logps(gpt, prompts * 2, both, batching, _phase(progress, "scoring"))
-    logps = [float(values.double().sum()) for values in token_logps]
+    logps = sequence_logps(gpt, prompts * 2, both, batching, _phase(progress, "scoring"))
     return [
         Rollout(example.index, array("i", ids), finish_reason, chosen, rejected)
         for example, (ids, finish_reason), chosen, rejected in zip(
             examples, responses, logps[: len(examples)], logps[len(examples) :], strict=True
         )
     ]
+
+
+def sequence_logps(
+    gpt: GPTModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    batching: Batching,
+    progress: Callable[[int], None] | None = None,
+) -> list[float]:
+    """The log-probability of each whole response given its prompt, in nats. See `response_logps`."""
+    return [float(logps.double().sum()) for logps in response_logps(gpt, prompts, responses, batching, progress)]
 
 
 def _own_share(items: Sequence[T]) -> Sequence[T]:

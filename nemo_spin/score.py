@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -33,15 +33,12 @@ def score(
     pipeline_model_parallel_size: int,
     precision: str,
     micro_batch_size: int,
-    prompt_template: str,
-    label_key: str,
-    add_bos: bool,
-    add_eos: bool,
+    record_options: dict[str, Any],
 ) -> None:
     """Write {"logp", "num_tokens", "token_logps"} for each line of `data`, in its order, in nats.
 
-    A line holds text, a conversation, or {"prompt_ids", "response_ids"} (see `nemo_spin.data.formats`). Every process
-    of the run calls it. The output appears when it is whole. Raises UserError.
+    A line holds text, a conversation, or {"prompt_ids", "response_ids"}; record_options: how it is read (see
+    `RecordEncoder`). Every process of the run calls it. The output appears when it is whole. Raises UserError.
     """
     _check_paths(data, output)
     main = is_main()
@@ -53,9 +50,7 @@ def score(
             "pipeline_model_parallel_size": pipeline_model_parallel_size,
         }
         model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=OmegaConf.create(options))
-        encoder = RecordEncoder(
-            model.tokenizer, prompt_template=prompt_template, label_key=label_key, add_bos=add_bos, add_eos=add_eos
-        )
+        encoder = RecordEncoder(model.tokenizer, **record_options)
         # All lines are checked before the first is scored.
         lines = [_encode(encoder, record, where, model) for where, record in read_records(data)]
         batching = model.batching(micro_batch_size)

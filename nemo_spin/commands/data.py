@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_spin.commands.parallel import add_record_options
+from nemo_spin.commands.parallel import add_record_options, record_options
 from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
 from nemo_spin.errors import ConfigError
 
@@ -24,13 +24,6 @@ def add_parser(commands: Any) -> None:
     which.add_argument("--checkpoint", metavar="CKPT", help="its tokenizer and its context; no weights are read")
     which.add_argument("--tokenizer", metavar="PATH", help="Hugging Face directory or name, or a sentencepiece .model")
     add_record_options(parser)
-    add(
-        "--chat-prompt-token",
-        action="append",
-        default=[],
-        metavar="NAME=TEXT",
-        help=r"one of chat_prompt_tokens, such as end_of_turn='\n'; may be repeated (default: NeMo's)",
-    )
     add("--max-seq-length", type=int, metavar="N", help="longest example in tokens (default: the checkpoint's context)")
     add("--overlong", choices=OVERLONG, default="refuse", help="what becomes of longer examples (default refuse)")
     add("--truncation-field", metavar="FIELD[,FIELD]", help="fields of the template that truncate may cut")
@@ -58,11 +51,7 @@ def _run(options: argparse.Namespace) -> int:
         max_seq_length=options.max_seq_length,
         num_examples=options.examples,
         load_options={
-            "prompt_template": options.prompt_template,
-            "label_key": options.label_key,
-            "add_bos": options.add_bos,
-            "add_eos": options.add_eos,
-            "chat_prompt_tokens": _chat_prompt_tokens(options.chat_prompt_token),
+            **record_options(options),
             "overlong": options.overlong,
             "truncation_field": options.truncation_field,
             "truncation_method": options.truncation_method,
@@ -70,19 +59,3 @@ def _run(options: argparse.Namespace) -> int:
             "cache_dir": options.cache_dir,
         },
     )
-
-
-def _chat_prompt_tokens(assignments: list[str]) -> Any:
-    from dataclasses import fields
-
-    from nemo_spin.data.conversations import ChatPromptTokens
-    from nemo_spin.data.template import unescape
-
-    names = [part.name for part in fields(ChatPromptTokens)]
-    tokens = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or name not in names:
-            raise ConfigError(f"--chat-prompt-token {assignment!r}: write NAME=TEXT with one of {', '.join(names)}.")
-        tokens[name] = unescape(text)
-    return ChatPromptTokens(**tokens)

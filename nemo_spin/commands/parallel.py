@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from nemo_spin.errors import ConfigError
 
@@ -26,10 +27,49 @@ def add_record_options(parser: argparse.ArgumentParser) -> None:
     add("--label-key", default="output", help="the response's key in a record (default output)")
     add("--add-bos", action=boolean, default=False, help="begin prompts with the BOS token (default no)")
     add("--add-eos", action=boolean, default=True, help="end responses with the EOS token (default yes)")
+    add(
+        "--chat-prompt-token",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help=r"one of chat_prompt_tokens, such as end_of_turn='\n'; may be repeated (default: NeMo's)",
+    )
 
 
-def run_in_parallel(options: argparse.Namespace, work: Callable[[], None]) -> int:
-    """Do `work` in each of the processes that --tp and --pp ask for. Returns the exit code. Raises UserError."""
+def record_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_record_options` asked for, as `RecordEncoder` takes it. Raises ConfigError."""
+    return {
+        "prompt_template": options.prompt_template,
+        "label_key": options.label_key,
+        "add_bos": options.add_bos,
+        "add_eos": options.add_eos,
+        "chat_prompt_tokens": _chat_prompt_tokens(options.chat_prompt_token),
+    }
+
+
+def _chat_prompt_tokens(assignments: list[str]) -> Any:
+    from dataclasses import fields
+
+    from nemo_spin.data.conversations import ChatPromptTokens
+    from nemo_spin.data.template import unescape
+
+    names = [part.name for part in fields(ChatPromptTokens)]
+    tokens = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name not in names:
+            raise ConfigError(f"--chat-prompt-token {assignment!r}: write NAME=TEXT with one of {', '.join(names)}.")
+        tokens[name] = unescape(text)
+    return ChatPromptTokens(**tokens)
+
+
+def run_in_parallel(
+    options: argparse.Namespace, work: Callable[[], None], preflight: Callable[[], object] | None = None
+) -> int:
+    """Do `work` in each of the processes that --tp and --pp ask for. Returns the exit code. Raises UserError.
+
+    preflight: the checks with which `work` begins; see `launch.run`.
+    """
     from nemo_spin.config.schema import ParallelConfig
     from nemo_spin.launch import run
 
@@ -44,4 +84,4 @@ def run_in_parallel(options: argparse.Namespace, work: Callable[[], None]) -> in
         sequence_parallel=False,
         accelerator=options.accelerator,
     )
-    return run(parallel, work)
+    return run(parallel, work, preflight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_spin.commands.parallel import add_model_options, add_record_options, run_in_parallel
+from nemo_spin.commands.parallel import add_model_options, add_record_options, record_options, run_in_parallel
 
 
 def add_parser(commands: Any) -> None:
@@ -32,10 +32,7 @@ def _run(options: argparse.Namespace) -> int:
             pipeline_model_parallel_size=options.pp,
             precision=options.precision,
             micro_batch_size=options.micro_batch_size,
-            prompt_template=options.prompt_template,
-            label_key=options.label_key,
-            add_bos=options.add_bos,
-            add_eos=options.add_eos,
+            record_options=record_options(options),
         )
 
     return run_in_parallel(options, work)

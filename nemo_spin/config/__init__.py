@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_spin.config.keys import check_overrides
-from nemo_spin.config.parse import LOGGERS, parse_config, register_resolvers, with_defaults
+from nemo_spin.config.parse import LOGGERS, parse_config, parse_sampling, register_resolvers, with_defaults
 from nemo_spin.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -41,6 +41,7 @@ __all__ = [
     "check_overrides",
     "config_dir",
     "parse_config",
+    "parse_sampling",
     "register_resolvers",
     "with_defaults",
 ]

@@ -199,12 +199,13 @@ def _algorithm(spin: Section, max_iterations: int, global_batch_size: int) -> Al
         reset_optimizer=spin.flag("reset_optimizer_each_iteration", True),
         held_out_rollouts=spin.integer("held_out_rollouts", 0, minimum=0),
         first_rollouts_from_data=spin.flag("first_rollouts_from_data", False),
-        sampling_params=_sampling(spin.section("sampling_params")),
+        sampling_params=parse_sampling(spin.section("sampling_params")),
         length_params=_lengths(spin.section("length_params")),
     )
 
 
-def _sampling(section: Section) -> SamplingParams:
+def parse_sampling(section: Section) -> SamplingParams:
+    """`model.spin.sampling_params`. Raises ConfigError."""
     for key in ("add_BOS", "all_probs", "compute_logprob"):
         if section.flag(key, False):
             raise section.error(key, "only false is supported: a response continues the prompt as the data has it")

@@ -1,7 +1,8 @@
 """The generator: prompts in, responses out, both as token ids.
 
 Every rank of a model-parallel group runs the same loop over the same requests; data-parallel replicas know nothing of
-each other. A response is a function of (seed, iteration, index of the sample) and the weights, up to rounding.
+each other. A response is a function of (seed, iteration, index and sample of its request) and the weights, up to
+rounding.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """index: identifies the sample in all randomness. max_new_tokens: further limited by what the context leaves."""
+    """index: identifies the prompt in all randomness. max_new_tokens: further limited by what the context leaves.
+
+    sample: number of the response among those to this prompt, each with random numbers of its own.
+    """
 
     index: int
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Generator:
     ) -> None:
         self.statistics = Statistics()
         self._model, self._max_sequence_length, self._seed = model, max_sequence_length, seed
-        self._stop_ids, self._min_length, self._should_stop = stop_ids, min_length, should_stop
+        self.stop_ids, self._min_length, self._should_stop = stop_ids, min_length, should_stop
         self._slots, self._pad_id = slots, pad_id
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
@@ -138,7 +143,8 @@ class Generator:
                 f"Sample {request.index} cannot be answered: its prompt has {len(request.prompt_ids)} tokens, at most "
                 f"{request.max_new_tokens} new ones are asked for, and a sequence holds {self._max_sequence_length}."
             )
-        return Row(order, request.prompt_ids, sample_key(self._seed, iteration, request.index), budget)
+        key = sample_key(self._seed, iteration, request.index, request.sample)
+        return Row(order, request.prompt_ids, key, budget)
 
     def _rotary_angles(self, length: int) -> Tensor | None:
         """[length, 1, 1, d], or None without rotary embedding."""
@@ -195,7 +201,7 @@ class Generator:
         self.statistics.generated_tokens += len(rows)
 
     def _finish_reason(self, row: Row) -> str | None:
-        if row.ids[-1] in self._stop_ids:
+        if row.ids[-1] in self.stop_ids:
             return "stop"
         if self._should_stop is not None and len(row.ids) >= self._min_length and self._should_stop(row.ids):
             return "stop"

@@ -1,7 +1,8 @@
 """Random numbers that are a function of what they are for, not of when or where they are drawn.
 
-The noise of (seed, iteration, sample, token position, vocabulary id) is a hash of these five numbers. So a response
-depends neither on the rows it was batched with, nor on the rank, nor on what was generated before it.
+The noise of (seed, iteration, sample, token position, vocabulary id) is a hash of these five numbers, a sample being
+known by the index of its prompt and its number among the responses to it. So a response depends neither on the rows it
+was batched with, nor on the rank, nor on what was generated before it.
 
 Tokens are drawn by the Gumbel-max trick: the argmax of logits + Gumbel noise is a sample of their softmax. Against the
 inverse of the cumulative distribution it has two advantages. A difference in rounding between parallel layouts changes
@@ -43,10 +44,13 @@ def _mix_tensor(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31, 64)
 
 
-def sample_key(seed: int, iteration: int, index: int) -> int:
-    """The signed 64-bit key of one sample's stream of random numbers."""
+def sample_key(seed: int, iteration: int, index: int, sample: int = 0) -> int:
+    """The signed 64-bit key of one sample's stream of random numbers.
+
+    sample: number of the response to this prompt, >= 0. Training makes response 0 only, whose key has no fourth round.
+    """
     key = 0
-    for value in (seed, iteration, index):
+    for value in (seed, iteration, index, sample)[: 4 if sample else 3]:
         key = _mix(((key ^ (value & _MASK)) + _GOLDEN) & _MASK)
     return _signed(key)
 

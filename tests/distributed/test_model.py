@@ -113,7 +113,7 @@ def test_what_cannot_be_restored_is_refused_in_a_sentence(workers: Any, archive:
 
 
 def stop_check() -> list[bool]:
-    from nemo_spin.model import ends_with_any
+    from nemo_spin.generation.end_strings import ends_with_any
 
     class Letters:
         def decode(self, ids: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The commands as a person types them: train on two processes, go on, score; and what a mistake looks like."""
+"""The commands as a person types them: train on two processes, go on, score, generate; what a mistake looks like."""
 
 from __future__ import annotations
 
@@ -104,6 +104,49 @@ def the_loggers_have_what_the_file_has(run_dir: Path) -> None:
         assert points == pytest.approx({line["step"]: line[name] for line in trained}, rel=1e-6)
     assert [line["kind"] for line in lines][-2:] == ["checkpoint", "end"]
     assert "samples/0/text_summary" in events.Tags()["tensors"]
+
+
+def generate(inputs: Path, prompts: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return run(
+        "-m", "nemo_spin.cli", "generate", "--checkpoint", str(inputs / "sft.nemo"), "--prompts", str(prompts),
+        "--output", str(output), "--num-samples", "2", "--max-new-tokens", "6", *options, cwd=output.parent,
+    )  # fmt: skip
+
+
+def test_generate_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
+    prompts, output, scores = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl", tmp_path / "scores.jsonl"
+    rows = [{"prompt": "4 plus 5"}, {"prompt_ids": [5, 6], "id": "ids"}, {"input": "4 plus 5", "output": "unused"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = generate(inputs, prompts, output)
+    assert done.returncode == 0, done.stderr
+    assert "read 3 examples" in done.stderr
+    whole = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert [(line["id"], line["sample"]) for line in whole] == [(i, j) for i in (0, "ids", 2) for j in (0, 1)]
+    assert whole[0]["prompt_ids"] == whole[5]["prompt_ids"]
+    assert whole[2]["prompt_ids"] == [5, 6]
+
+    scored = run(
+        "-m", "nemo_spin.cli", "score", "--checkpoint", str(inputs / "sft.nemo"), "--data", str(output),
+        "--output", str(scores), cwd=tmp_path,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    logps = [json.loads(line)["logp"] for line in scores.read_text().splitlines()]
+    assert logps == pytest.approx([line["logp"] for line in whole], rel=1e-5)
+
+    output.write_bytes(output.read_bytes()[:-20])
+    done = generate(inputs, prompts, output, "--tp", "2")
+    assert done.returncode == 0, done.stderr
+    assert "5 of 6 responses are there already" in done.stderr
+    again = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert again[-1]["logp"] == pytest.approx(whole[-1]["logp"], rel=1e-4)
+    assert again == [*whole[:-1], whole[-1] | {"logp": again[-1]["logp"]}]
+
+    before = output.read_bytes()
+    refused = generate(inputs, prompts, output, "--temperature", "0.7")
+    assert refused.returncode == 2
+    assert "was begun with temperature 1.0, and not 0.7" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert output.read_bytes() == before
 
 
 @pytest.mark.parametrize(

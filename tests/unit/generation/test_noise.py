@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_spin.generation.noise import gumbel, sample_key, token_keys, vocabulary_codes
 
 MASK = (1 << 64) - 1
+PINNED_KEY = -2767764141224576924
 # Two samples (0, 1) x two positions (0, 1) x three vocabulary ids, of seed 1234 and iteration 1.
 PINNED = [
     [0.8914981, -0.2173713, 3.0948865],
@@ -46,6 +47,23 @@ def test_token_keys_are_the_splitmix64_stream_of_their_sample() -> None:
         key = sample_key(seed, iteration, index)
         found = token_keys(torch.full((50,), key), torch.arange(50))
         assert [value & MASK for value in found.tolist()] == splitmix64(key & MASK, 50)
+
+
+def test_sample_0_has_the_key_of_training_and_no_two_samples_share_one() -> None:
+    numbers = itertools.product((0, 1, 1234), range(4), (*range(40), 10**6), range(12))
+    found = {(seed, t, i, sample): sample_key(seed, t, i, sample) for seed, t, i, sample in numbers}
+    assert len(set(found.values())) == len(found)
+    assert all(key == sample_key(*numbers[:3]) for numbers, key in found.items() if not numbers[3])
+    # pinned: a change would mix what an interrupted run has made with what it goes on to make
+    assert sample_key(1234, 1, 7, 2) == PINNED_KEY
+
+
+def test_noise_of_one_prompts_samples_is_uncorrelated() -> None:
+    of_samples = torch.tensor([sample_key(0, 0, 5, sample) for sample in range(60)])
+    u = uniform(gumbel(token_keys(of_samples, torch.zeros(60, dtype=torch.int64)), vocabulary_codes(0, 4096)))
+    for lag in (1, 2, 16):
+        a, b = u[:-lag].flatten(), u[lag:].flatten()
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 4.5 / len(a) ** 0.5
 
 
 def test_noise_is_pinned() -> None:
