@@ -64,4 +64,4 @@ def test_the_quick_start_runs_as_it_stands(tmp_path: Path) -> None:
 
     nemo = directory / "spin" / "checkpoints" / "megatron_gpt_spin_tiny.nemo"
     assert nemo.is_file() and str(Path("quickstart") / nemo.relative_to(directory)) in done.stdout
-    assert "<svg" in (page := (directory / "spin" / "report.html").read_text()) or "plotly" in page
+    assert "<h1>SPIN run: " in (directory / "spin" / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""The launch scripts and the commands of the documentation: they are well formed, and what they ask for can be run."""
+"""The launch scripts are well formed, ask for what can be run, and do what they say when a job ends."""
 
 from __future__ import annotations
 
@@ -6,46 +6,18 @@ import os
 import re
 import shlex
 import signal
-import string
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-
-from nemo_spin.cli import COMMANDS, _parser
-from nemo_spin.config import SpinConfig, check_overrides, config_dir, parse_config, register_resolvers
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SBATCH = REPOSITORY / "examples" / "slurm" / "spin.sbatch"
 MANIFEST = REPOSITORY / "examples" / "kubernetes" / "pytorchjob.yaml"
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-
-# What a command of the documentation may leave to the reader.
-GIVEN = {
-    "pretrained_checkpoint.restore_from_path": "sft.nemo",
-    "model.data.train_ds.file_path": "train.jsonl",
-    "model.data.validation_ds.file_path": "validation.jsonl",
-}
-VARIABLES = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
-
-
-def configured(arguments: list[str]) -> SpinConfig:
-    """The configuration that `nemo-spin train` makes of these arguments, or ConfigError, or hydra's error."""
-    check_overrides(arguments)
-    overrides = [argument for argument in arguments if not argument.startswith("--")]
-    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config-name=")]
-    if "--config-name" in arguments:
-        names.append(overrides.pop(arguments.index("--config-name")))
-    given = {override.partition("=")[0] for override in overrides}
-    overrides += [f"{key}={value}" for key, value in GIVEN.items() if key not in given]
-    register_resolvers()
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        return parse_config(compose((names or ["gpt_spin"])[-1], overrides))
-
 
 # ------------------------------------------------------------------------------------------ Slurm
 
@@ -88,7 +60,7 @@ def queued_again(cluster: dict[str, str]) -> bool:
     return notes.is_file() and notes.read_text() == "requeue 7\n"
 
 
-def test_the_job_asks_slurm_for_what_it_starts(cluster: dict[str, str]) -> None:
+def test_the_job_asks_slurm_for_what_it_starts(cluster: dict[str, str], configured: Callable) -> None:
     submit(cluster, "true")
     arguments = (Path(cluster["HERE"]) / "arguments").read_text().split("\0")[:-1]
     command = arguments[arguments.index("nemo-spin") :]
@@ -142,7 +114,7 @@ def test_a_job_near_its_limit_is_queued_again(cluster: dict[str, str]) -> None:
 # ------------------------------------------------------------------------------------------ Kubernetes
 
 
-def test_the_pytorchjob_fits_together() -> None:
+def test_the_pytorchjob_fits_together(configured: Callable) -> None:
     job = yaml.safe_load(MANIFEST.read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
@@ -166,55 +138,3 @@ def _check_volumes(pod: dict[str, Any], container: dict[str, Any]) -> None:
     for argument in container["args"]:
         path = argument.partition("=")[2]
         assert not path.startswith("/") or path.startswith(mounts["shared"] + "/")
-
-
-# ------------------------------------------------------------------------------------------ documentation
-
-
-def commands_of(page: Path) -> list[list[str]]:
-    """Command lines of a page's bash blocks, from `nemo-spin` or the training script on, without "...".
-
-    Those with options in brackets are a usage, no command, and are left out."""
-    found = []
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            start = re.search(r"(nemo-spin (?!\S*=)|examples/train_gpt_spin\.py)", line)
-            if start is None or "[-" in line:
-                continue
-            text = string.Template(line[start.start() :]).safe_substitute(VARIABLES)
-            words = [word for word in shlex.split(text, comments=True) if word != "..."]
-            found.append(["train", *words[1:]] if words[0].endswith(".py") else words[1:])
-    return found
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_of_the_documentation_are_accepted(page: Path) -> None:
-    for command in commands_of(page):
-        if command[0] == "train":
-            configured(command[1:])
-        else:
-            _parser().parse_args(command)
-
-
-def test_commands_are_found() -> None:
-    commands = [command for page in PAGES for command in commands_of(page)]
-    assert {command[0] for command in commands} <= {module.__name__.rpartition(".")[2] for module in COMMANDS}
-    assert sum(command[0] == "train" for command in commands) >= 5
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        if "://" in target:
-            continue
-        path, _, anchor = target.partition("#")
-        file = (page.parent / path) if path else page
-        assert file.exists(), target
-        if anchor and file.suffix == ".md":
-            assert anchor in anchors_of(file), target
-
-
-def anchors_of(page: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
