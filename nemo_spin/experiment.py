@@ -6,6 +6,7 @@ import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -72,13 +73,22 @@ def start(cfg: DictConfig, run_dir: Path) -> MetricsLog:
     options = OmegaConf.to_container(cfg.exp_manager, resolve=True)
     options = {key: value for key, value in options.items() if key not in _OURS}
     options |= {"explicit_log_dir": str(run_dir), "exp_dir": None, "create_checkpoint_callback": False}
-    if options.get("create_mlflow_logger"):
-        kwargs = {key: value for key, value in (options["mlflow_logger_kwargs"] or {}).items() if value is not None}
-        tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", f"file:{run_dir / 'mlruns'}")
-        options["mlflow_logger_kwargs"] = {"tracking_uri": tracking_uri} | kwargs
+    mlflow = options.pop("mlflow_logger_kwargs", None) or {}
+    with_mlflow = options.pop("create_mlflow_logger", False)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
     exp_manager(trainer, OmegaConf.create(options))
     # exp_manager shows megatron-core's log on the terminal: a page of settings and buckets for every model it wraps.
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    return MetricsLog(run_dir / FILE_NAME, trainer.loggers)
+    loggers = [*trainer.loggers, _mlflow_logger(mlflow, cfg.exp_manager.get("name"), run_dir)] if with_mlflow else None
+    return MetricsLog(run_dir / FILE_NAME, loggers or trainer.loggers)
+
+
+def _mlflow_logger(kwargs: dict[str, Any], name: str | None, run_dir: Path) -> Any:
+    """Made here, because exp_manager gives `run_name` twice (NeMo 3.0.0) and so cannot."""
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    given = {"run_name": name, "save_dir": None} | {key: value for key, value in kwargs.items() if value is not None}
+    if "tracking_uri" not in given and "MLFLOW_TRACKING_URI" not in os.environ:
+        given |= {"tracking_uri": f"sqlite:///{run_dir}/mlflow.db", "artifact_location": f"{run_dir}/mlflow"}
+    return MLFlowLogger(**given)

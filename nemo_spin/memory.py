@@ -11,6 +11,7 @@ import torch
 
 from nemo_spin.checkpoint.architecture import Architecture, layer_tensors, outer_tensors, parameter_count
 from nemo_spin.errors import ConfigError
+from nemo_spin.megatron.gpt import padded_vocab_rows
 
 if TYPE_CHECKING:
     from nemo_spin.config import SpinConfig
@@ -112,7 +113,11 @@ def _parameters_per_device(architecture: Architecture, tp: int, pp: int) -> int:
     """Of one tensor-parallel rank of the fullest pipeline stage."""
 
     def on_rank(name: str, shape: tuple[int, ...]) -> int:
-        return math.prod(shape) if any(part in name for part in _NOT_SPLIT) else math.ceil(math.prod(shape) / tp)
+        if any(part in name for part in _NOT_SPLIT):
+            return math.prod(shape)
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            return padded_vocab_rows(shape[0], tp) // tp * shape[1]
+        return math.prod(shape) // tp
 
     layer = sum(on_rank(name, shape) for name, shape in layer_tensors(architecture.transformer).items())
     layers = layer * architecture.transformer["num_layers"] // pp

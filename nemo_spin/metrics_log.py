@@ -24,6 +24,8 @@ class MetricsLogger(Protocol):
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None: ...
 
+    def finalize(self, status: str) -> None: ...
+
 
 class MetricsLog:
     """Writes metrics as they come; a line is on disk when the call returns."""
@@ -44,6 +46,11 @@ class MetricsLog:
         if metrics:
             for logger in self._loggers:
                 logger.log_metrics({**metrics, **counts}, progress.step)
+
+    def finish(self, succeeded: bool) -> None:
+        """Tell the loggers that the run is over."""
+        for logger in self._loggers:
+            logger.finalize("success" if succeeded else "failed")
 
     def write_samples(self, samples: Iterable[Sample], progress: Progress) -> None:
         """Generated responses beside the human ones, for those of the loggers that show text."""

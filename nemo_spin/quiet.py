@@ -19,3 +19,6 @@ for _name in (
     "torch.utils.cpp_extension",  # no CUDA runtime
 ):
     logging.getLogger(_name).setLevel(logging.ERROR)
+
+# The first process of every pipeline stage lists the parameters of every bucket.
+logging.getLogger("megatron.core").setLevel(logging.WARNING)

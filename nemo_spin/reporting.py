@@ -38,6 +38,7 @@ class Reporter:
     """Shows a run to people and passes its metrics to the log."""
 
     def __init__(self, is_main: bool, log: MetricsLog | None = None) -> None:
+        """log: where metrics go, on the one process that writes them."""
         self.is_main = is_main
         self._log = log
         self.rows: list[dict[str, Any]] = []
@@ -63,7 +64,7 @@ class Reporter:
 
     def log(self, kind: str, progress: Progress, metrics: dict[str, float], **position: int) -> None:
         """Write metrics to the log; see `MetricsLog.write`."""
-        if self.is_main and self._log is not None:
+        if self._log is not None:
             self._log.write(kind, progress, metrics, **position)
 
     def step(self, progress: Progress, epoch: int, metrics: dict[str, float], total: int, seconds_left: float) -> None:

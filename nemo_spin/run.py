@@ -112,6 +112,7 @@ def train(cfg: DictConfig) -> Path | None:
     log = experiment.start(cfg, inputs.run_dir) if is_main() else None
     parallel = spin.parallel
     setup.initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, spin.seed)
+    succeeded = False
     try:
         reporter = Reporter(is_main(), log)
         reporter.say(f"Layout: {parallel}; {inputs.memory}")
@@ -137,8 +138,11 @@ def train(cfg: DictConfig) -> Path | None:
                 "exp_manager.resume_if_exists=true, goes on from there."
             )
         _write_report(inputs.run_dir, reporter)
+        succeeded = True
         return nemo
     finally:
+        if log is not None:
+            log.finish(succeeded)
         setup.shutdown()
 
 

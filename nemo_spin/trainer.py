@@ -357,6 +357,7 @@ class SPINTrainer:
             "model.seed": self.cfg.seed,
             "model.global_batch_size": self.cfg.global_batch_size,
             "number of training examples": len(self.train_dataset),
+            "model.data.train_ds.weights": str(self.cfg.train_ds.weights),
             "steps of an iteration": self._steps_per_iteration,
             "model.spin.sampling_params": str(self.cfg.spin.sampling_params),
             "model.spin.length_params": str(self.cfg.spin.length_params),

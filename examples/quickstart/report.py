@@ -91,7 +91,7 @@ def how_to_go_on(directory: Path) -> str:
     (nemo,) = (spin / "checkpoints").glob("*.nemo")
     return f"""The result:      {nemo}
 Its opponents' answers, beside the human ones:  {spin}/rollouts/*/*.parquet
-Curves:          tensorboard --logdir {spin}
+Curves and more:  {spin}/report.html, or tensorboard --logdir {spin}
 
 How to go on:
   score answers  nemo-spin score --checkpoint {nemo} \\

@@ -122,6 +122,8 @@ class Optimizer:
         if is_loading:
             for adam in self._distributed_parts():
                 adam._init_optimizer_states_with_dummy_values()
+        elif not any(self._moments()):
+            self._make_moments()
         with self._groups_without_schedule():
             return self._adam.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
 
@@ -163,6 +165,22 @@ class Optimizer:
             if isinstance(getattr(part, "optimizer", None), torch.optim.Adam):
                 for group in part.optimizer.param_groups:
                     group["fused"] = True
+
+    def _make_moments(self) -> None:
+        """Adam makes them in its first step, and a checkpoint before that needs them: a step that moves nothing."""
+        for part in self._parts():
+            groups = part.optimizer.param_groups
+            rates = [group["lr"] for group in groups]
+            for group in groups:
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    if parameter.numel():
+                        parameter.grad = torch.zeros_like(parameter)
+            part.optimizer.step()
+            part.optimizer.zero_grad()
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+        self._forget_moments()
 
     def _forget_moments(self) -> None:
         for values in self._moments():

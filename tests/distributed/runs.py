@@ -14,8 +14,10 @@ from toy import fill_deterministically
 
 from nemo_spin.config import config_dir, parse_config
 from nemo_spin.data.dataset import load_dataset
+from nemo_spin.metrics_log import FILE_NAME, MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting import Reporter
+from nemo_spin.time_limit import TimeLimit
 from nemo_spin.trainer import SPINTrainer
 
 
@@ -82,22 +84,44 @@ class InterruptedRunError(Exception):
 class InterruptingReporter(Reporter):
     """Keeps every step's metrics, and stops the run after a number of steps."""
 
-    def __init__(self, after: int | None) -> None:
-        super().__init__(is_main=False)
+    def __init__(self, after: int | None, log: MetricsLog | None) -> None:
+        super().__init__(is_main=False, log=log)
         self.after = after
         self.history: list[dict[str, Any]] = []
 
     def step(self, progress: Any, epoch: int, metrics: dict[str, float], *args: Any) -> None:
+        self.log("train", progress, metrics, epoch=epoch)
         self.history.append({"step": progress.step, "epoch": epoch, "loss": metrics["loss"]})
         if self.after is not None and progress.step == self.after:
             # Where an interval checkpoint is due at this step, it has not been written yet.
             raise InterruptedRunError
 
 
+class CountedTime(TimeLimit):
+    """Is up when it has been asked so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__(None)
+        self.times = times
+
+    def is_up(self) -> bool:
+        self.times -= 1
+        return self.times <= 0
+
+
 def training_run(
-    checkpoint: str, data: str, run_dir: str, interrupt_after: int | None = None, resume: bool = False, **overrides: Any
+    checkpoint: str,
+    data: str,
+    run_dir: str,
+    interrupt_after: int | None = None,
+    time_is_up_after: int | None = None,
+    resume: bool = False,
+    **overrides: Any,
 ) -> dict[str, Any]:
-    """Two iterations of two epochs of three steps; returns the history and this rank's final weights."""
+    """Two iterations of two epochs of three steps; returns the history and this rank's final weights.
+
+    time_is_up_after: how many times the run looks at the clock, after each chunk of rollouts and each step.
+    """
     values = {
         "pretrained_checkpoint.restore_from_path": checkpoint,
         "model.data.train_ds.file_path": data,
@@ -123,13 +147,22 @@ def training_run(
     model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=base.model)
     dataset = load_dataset(data, model.tokenizer, max_seq_length=64)
     model.prepare_training(cfg, context_length=64, stop_ids=dataset.stop_ids)
-    reporter = InterruptingReporter(interrupt_after)
-    trainer = SPINTrainer(cfg, model, dataset, dataset, Path(run_dir), reporter)
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    log = MetricsLog(Path(run_dir) / FILE_NAME) if torch.distributed.get_rank() == 0 else None
+    reporter = InterruptingReporter(interrupt_after, log)
+    time_limit = None if time_is_up_after is None else CountedTime(time_is_up_after)
+    trainer = SPINTrainer(cfg, model, dataset, dataset, Path(run_dir), reporter, time_limit)
     if resume:
         trainer.resume(trainer.checkpoints.latest())
+    finished = False
     with suppress(InterruptedRunError):
-        trainer.fit()
-    return {"history": reporter.history, "shards": shards_of(model), "progress": trainer.progress.state_dict()}
+        finished = trainer.fit()
+    return {
+        "history": reporter.history,
+        "shards": shards_of(model),
+        "progress": trainer.progress.state_dict(),
+        "finished": finished,
+    }
 
 
 def shards_of(model: MegatronGPTSPINModel) -> list:

@@ -277,6 +277,23 @@ def test_padding_of_the_vocabulary_is_outside_the_softmax(workers: Any, tp: int)
         assert difference.abs().max() < 1e-5
 
 
+def metrics_with_and_without_a_step(**layout: int) -> tuple[dict[str, float], dict[str, float]]:
+    play = SelfPlay()
+    data = examples()
+    pairs = as_pairs(data, play.roll_out(data, 0))
+    play.optimizer.start(1e-2, 5)
+    play.step(pairs)
+    without = steps.spin_metrics_of(play.gpt, pairs, BETA, play.batching)
+    return {name: value / len(pairs) for name, value in without.items()}, play.step(pairs)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
+def test_validation_has_the_figures_of_a_step(workers: Any, layout: dict[str, int]) -> None:
+    for without, step in workers.run(metrics_with_and_without_a_step, **layout):
+        assert without == pytest.approx({name: step[name] for name in without}, rel=1e-6)
+        assert {"loss", "kl", "rewards/margins", "rewards/accuracies"} <= without.keys()
+
+
 # ---------------------------------------------------------------------------------------- optimizer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,116 @@ def test_a_run_is_not_resumed_as_another_one(workers: Any, inputs: tuple[str, st
     message = workers.run(resume_with_another_batch_size, *inputs, str(tmp_path))[0]
     assert "model.global_batch_size = 8" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("asked", [1, 4, 7], ids=["in the rollouts", "in mid-iteration", "at the boundary"])
+def test_when_the_time_is_up_the_run_saves_and_the_next_one_goes_on(
+    workers: Any, inputs: tuple[str, str], uninterrupted: dict[str, Any], tmp_path: Path, asked: int
+) -> None:
+    # in each iteration the clock is looked at once for the rollouts and once for each of six steps
+    first = finish(workers.run(training_run, *inputs, str(tmp_path), time_is_up_after=asked, tp=2))
+    assert not first["finished"] and len(first["history"]) == asked - 1
+    second = finish(workers.run(training_run, *inputs, str(tmp_path), resume=True, tp=2))
+    assert second["finished"]
+    assert first["history"] + second["history"] == uninterrupted["history"]
+    for key, tensor in uninterrupted["weights"].items():
+        assert torch.equal(second["weights"][key], tensor), key
+
+
+def metrics_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_the_best_checkpoints_stay(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
+    changes = {
+        "trainer.spin.save_interval": 1,
+        "trainer.spin.val_check_interval": 1,
+        "trainer.spin.max_iterations": 1,
+        "exp_manager.checkpoint_callback_params.save_top_k": 2,
+        # the loss falls: the largest are the oldest, which would not stay by themselves
+        "exp_manager.checkpoint_callback_params.mode": "max",
+        "model.optim.lr": 1e-3,
+        "model.spin.ref_policy_kl_penalty": 0.5,
+    }
+    workers.run(training_run, *inputs, str(tmp_path), **changes)
+    losses = {line["step"]: line["val_loss"] for line in metrics_of(tmp_path, "validation")}
+    within = sorted((step for step in losses if 0 < step < 6), key=losses.get, reverse=True)
+    assert set(within[:2]) != {4, 5}
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()} - {"latest"}
+    assert names == {f"iteration-000-step-{step:07d}" for step in within[:2]} | {"iteration-001-step-0000006"}
+
+
+def test_held_out_rollouts_are_validated_as_they_would_be_trained(
+    workers: Any, inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    held_out = {
+        "model.spin.held_out_rollouts": 10,
+        "trainer.spin.val_check_interval": 1,
+        "model.data.validation_ds.file_path": inputs[1],
+    }
+    one_go = finish(workers.run(training_run, *inputs, str(tmp_path / "a"), **held_out, pp=2, **{
+        "model.pipeline_model_parallel_size": 2,
+    }))  # fmt: skip
+    lines = metrics_of(tmp_path / "a", "validation")
+    assert [line["step"] for line in lines] == list(range(13))
+    assert "val/loss" not in lines[0], "there was no opponent yet"
+    for line in lines[1:]:
+        assert line["val/rewards/margins"] == pytest.approx(line["val/rewards/chosen"] - line["val/rewards/rejected"])
+        # -log sigmoid is convex
+        assert line["val/loss"] >= math.log1p(math.exp(-line["val/rewards/margins"])) - 1e-6
+    files = sorted((tmp_path / "a" / "rollouts" / "held_out").rglob("*.parquet"))
+    tables = [pq.read_table(path).to_pylist() for path in files]
+    assert [len(rows) for rows in tables] == [10, 10]
+    # The same prompts as in training, because the test validates on its training data; not the same draws.
+    trained = pq.read_table(tmp_path / "a" / "rollouts" / "iteration-000").to_pylist()
+    assert [row["prompt_ids"] for row in tables[0]] == [row["prompt_ids"] for row in trained[:10]]
+    assert [row["rejected_ids"] for row in tables[0]] != [row["rejected_ids"] for row in trained[:10]]
+    # Interrupted, they are not drawn again, and an opponent that has been left behind would give other log-probs.
+    workers.run(training_run, *inputs, str(tmp_path / "b"), interrupt_after=3, **held_out)
+    finish(workers.run(training_run, *inputs, str(tmp_path / "b"), resume=True, **held_out))
+    resumed = {line["step"]: line["val/loss"] for line in metrics_of(tmp_path / "b", "validation") if line["step"] > 0}
+    assert resumed == pytest.approx({line["step"]: line["val/loss"] for line in lines[1:]}, rel=1e-4)
+    assert one_go["finished"]
+
+
+def data_with_answers(directory: Path) -> str:
+    """Records of the SPIN release, for a tokenizer that is given a chat template."""
+    path = directory / "pairs.jsonl"
+    turns = [({"role": "user", "content": f"{i} plus 2"}, f"makes {i + 2}", f"makes {i}") for i in range(8)]
+    rows = [
+        {name: [user, {"role": "assistant", "content": text}] for name, text in (("real", human), ("generated", other))}
+        for user, human, other in turns
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def answers_from_the_data(checkpoint: str, data: str, run_dir: str) -> dict[str, Any]:
+    from nemo_spin.tokenizers import NeMoTokenizer
+
+    def render(self: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return " ".join(message["content"] for message in messages)
+
+    theirs, NeMoTokenizer.render_chat = NeMoTokenizer.render_chat, render
+    try:
+        return training_run(checkpoint, data, run_dir, **{
+            "model.spin.first_rollouts_from_data": True, "model.data.train_ds.shuffle": False,
+        })  # fmt: skip
+    finally:
+        NeMoTokenizer.render_chat = theirs
+
+
+def test_the_first_opponent_may_be_in_the_data(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
+    data = data_with_answers(tmp_path)
+    (result,) = workers.run(answers_from_the_data, inputs[0], data, str(tmp_path / "run"))
+    given, generated = (
+        pq.read_table(tmp_path / "run" / "rollouts" / f"iteration-{i:03d}").to_pylist() for i in range(2)
+    )
+    assert [row["rejected"].strip() for row in given] == [f"makes {i}" for i in range(8)]
+    assert [row["finish_reason"] for row in given] == ["stop"] * 8
+    assert [row["rejected_ids"] for row in generated] != [row["rejected_ids"] for row in given]
+    assert result["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_the_optimizer_can_be_carried_on(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:

@@ -65,10 +65,12 @@ def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     assert f"Saved {nemo}" in first.stderr
     assert list(run_dir.glob("events.out.tfevents.*"))
     assert not list(run_dir.rglob("*unfinished*"))
+    the_loggers_have_what_the_file_has(run_dir)
 
     second = train(inputs, run_dir, "trainer.devices=2", "model.pipeline_model_parallel_size=2")
     assert second.returncode == 0, second.stderr
     assert "Resumed from" in second.stderr
+    assert "rewards/margins" in (run_dir / "report.html").read_text(encoding="utf-8")
     assert json.loads((run_dir / "checkpoints" / "iteration-002-step-0000006" / "state.json").read_text())
 
     data, output = tmp_path / "data.jsonl", tmp_path / "scores.jsonl"
@@ -88,6 +90,20 @@ def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     for a, b in zip(one, two, strict=True):
         assert sum(a["token_logps"]) == pytest.approx(a["logp"])
         torch.testing.assert_close(torch.tensor(a["token_logps"]), torch.tensor(b["token_logps"]), rtol=1e-4, atol=1e-5)
+
+
+def the_loggers_have_what_the_file_has(run_dir: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    for name in ("rewards/margins", "logps/chosen", "kl", "grad_norm", "lr", "throughput/train_tokens_per_second"):
+        points = {point.step: point.value for point in events.Scalars(name)}
+        assert points == pytest.approx({line["step"]: line[name] for line in trained}, rel=1e-6)
+    assert [line["kind"] for line in lines][-2:] == ["checkpoint", "end"]
+    assert "samples/0/text_summary" in events.Tags()["tensors"]
 
 
 @pytest.mark.parametrize(
