@@ -22,3 +22,8 @@ def shared_dir() -> Path:
     if not (directory / "checkpoints").is_dir():
         pytest.skip("no ../shared/checkpoints here")
     return directory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes last, so that anything else that is broken is seen before."""
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_spin.config.keys import check_overrides
+from nemo_spin.config.keys import check_overrides, ignored_keys
 from nemo_spin.config.parse import LOGGERS, parse_config, parse_sampling, register_resolvers, with_defaults
 from nemo_spin.config.schema import (
     AlgorithmConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "TokenizerConfig",
     "check_overrides",
     "config_dir",
+    "ignored_keys",
     "parse_config",
     "parse_sampling",
     "register_resolvers",

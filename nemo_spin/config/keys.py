@@ -6,6 +6,7 @@ A key that nobody reads is refused: a misspelt one would leave its default in fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -68,25 +69,34 @@ _RENAMED = {
     "exp_manager.resume_from_checkpoint": "exp_manager.resume_if_exists",
 }
 
-Rule = Callable[[Any, Mapping[str, Any]], bool]
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which values a key may have. allows: (value, configuration) -> whether it may be that one. words: for people."""
+
+    allows: Callable[[Any, Mapping[str, Any]], bool]
+    words: str
 
 
-def _any(value: Any, cfg: Mapping[str, Any]) -> bool:
-    return True
+_any = Rule(lambda value, cfg: True, "any value")
 
 
 def _one_of(*values: Any) -> Rule:
-    return lambda value, cfg: any(value == allowed and type(value) is type(allowed) for allowed in values)
+    words = {"None": "null", "True": "true", "False": "false"}
+    return Rule(
+        lambda value, cfg: any(value == allowed and type(value) is type(allowed) for allowed in values),
+        " or ".join(words.get(str(value), str(value)) for value in values),
+    )
 
 
 def _same_as(*path: str) -> Rule:
-    def rule(value: Any, cfg: Mapping[str, Any]) -> bool:
+    def allows(value: Any, cfg: Mapping[str, Any]) -> bool:
         other: Any = cfg
         for key in path:
             other = other.get(key) if isinstance(other, Mapping) else None
         return value is None or value == other
 
-    return rule
+    return Rule(allows, f"null or the same as {'.'.join(path)}")
 
 
 # key -> (the values that it may have, what is so in any case)
@@ -124,7 +134,10 @@ _IGNORED: dict[str, tuple[Rule, str]] = {
     "model.expert_tensor_parallel_size": (_one_of(None, 1), "models with experts are not supported"),
     "model.pipeline_model_parallel_split_rank": (_one_of(None, 0), "there is no encoder"),
     "model.activations_checkpoint_layers_per_pipeline": (_one_of(None), "all pipeline stages are alike"),
-    "model.peft": (lambda value, cfg: not (value or {}).get("peft_scheme"), "all parameters are trained"),
+    "model.peft": (
+        Rule(lambda value, cfg: not (value or {}).get("peft_scheme"), "null or without peft_scheme"),
+        "all parameters are trained",
+    ),
     "model.spin.offload_adam_states": (_any, "optimizer states stay on the device, which changes no result"),
     **{
         f"model.optim.{key}": (_any, "a matter of speed that is decided here")
@@ -166,6 +179,11 @@ _IGNORED: dict[str, tuple[Rule, str]] = {
 }
 
 
+def ignored_keys() -> dict[str, tuple[str, str]]:
+    """NeMo-Aligner's keys that are accepted and not read: key -> (values that it may have, what is so in any case)."""
+    return {key: (rule.words, reason) for key, (rule, reason) in _IGNORED.items()}
+
+
 def check_keys(cfg: Mapping[str, Any]) -> None:
     """Refuse unknown keys, and known ones of NeMo-Aligner whose value asks for what is not done here.
 
@@ -176,7 +194,7 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
             path = f"{section}.{key}".lstrip(".")
             if key not in known and path not in _IGNORED:
                 raise ConfigError(_unknown(section, key))
-            if path in _IGNORED and not _IGNORED[path][0](value, cfg):
+            if path in _IGNORED and not _IGNORED[path][0].allows(value, cfg):
                 raise ConfigError(f"{path} = {value!r} is not supported, {_IGNORED[path][1]}: remove it.")
 
 
