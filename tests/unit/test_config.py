@@ -21,9 +21,10 @@ REQUIRED = {
 
 
 def shipped(**changes: Any) -> DictConfig:
-    """The shipped configuration with what has to be given, and changes by full key ("__" for ".")."""
+    """The shipped configuration with what has to be given, 3 iterations, and changes by full key ("__" for ".")."""
     cfg = OmegaConf.load(config_dir() / "gpt_spin.yaml")
-    for key, value in (REQUIRED | {key.replace("__", "."): value for key, value in changes.items()}).items():
+    given = REQUIRED | {"trainer.spin.max_iterations": 3}
+    for key, value in (given | {key.replace("__", "."): value for key, value in changes.items()}).items():
         OmegaConf.update(cfg, key, value, force_add=True)
     return cfg
 
@@ -165,7 +166,7 @@ def test_resolvers_and_plain_mappings() -> None:
         ({"model__optim__name": "sgd"}, "model.optim.name = 'sgd': use one of adam"),
         ({"model__optim__lr": 0.0}, "model.optim.lr = 0.0: use finite numbers above 0"),
         ({"model__optim__lr": "9e-6"}, "model.optim.lr = '9e-6': use finite numbers"),
-        ({"model__optim__lr": 1e-7}, "model.optim.sched.min_lr = .* must not be above the learning rate"),
+        ({"model__optim__lr": 5e-8}, "model.optim.sched.min_lr = .* must not be above the learning rate"),
         ({"model__optim__betas": [0.9, 1.0]}, "model.optim.betas"),
         ({"model__optim__sched__name": "Step"}, "sched.name = 'Step': use one of CosineAnnealing"),
         ({"model__data__train_ds__overlong": "cut"}, "overlong = 'cut': use one of refuse, drop"),
