@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -89,13 +91,18 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
 def how_to_go_on(directory: Path) -> str:
     spin = directory / "spin"
     (nemo,) = (spin / "checkpoints").glob("*.nemo")
+    environment = os.path.relpath(sys.prefix)
     return f"""The result:      {nemo}
 Its opponents' answers, beside the human ones:  {spin}/rollouts/*/*.parquet
 Curves and more:  {spin}/report.html, or tensorboard --logdir {spin}
 
-How to go on:
+How to go on, after `source {environment}/bin/activate`:
   score answers  nemo-spin score --checkpoint {nemo} \\
                      --data {directory}/held_out.jsonl --output scores.jsonl --prompt-template "{{input}} = {{output}}"
+  make more      nemo-spin generate --checkpoint {nemo} --prompts {directory}/held_out.jsonl \\
+                     --output responses.jsonl --prompt-template "{{input}} = {{output}}" --max-new-tokens 16
+  look at data   nemo-spin data {directory}/careful.jsonl --checkpoint {nemo} \\
+                     --prompt-template "{{input}} = {{output}}"
   your own data  the `nemo-spin train` command above with your checkpoint and JSONL files; conf/gpt_spin.yaml explains
                  every key
   other layouts  make quickstart DEVICES=4 TP=2 PP=2"""
