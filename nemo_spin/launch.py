@@ -6,6 +6,7 @@ machine when nobody else did, each with the command line that this process was s
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -65,7 +66,7 @@ def run(parallel: ParallelConfig, work: Callable[[], object], preflight: Callabl
 
 
 def guarded(function: Callable[[], int | None]) -> int:
-    """Call a function and return its exit code: 2 after one sentence for a UserError, 130 for Ctrl-C."""
+    """Call a function and return its exit code: 2 after one sentence for a UserError or a full disk, 130 for Ctrl-C."""
     try:
         return function() or 0
     except UserError as error:
@@ -73,6 +74,13 @@ def guarded(function: Callable[[], int | None]) -> int:
         return EXIT_CODE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _report(
+            UserError(f"{error.filename or 'A file'} cannot be written ({error.strerror}): make room, and run again.")
+        )
+        return EXIT_CODE
     except RuntimeError as error:
         if _STARTED_HERE in os.environ and _LOST_PEER.search(str(error)):
             time.sleep(_SECONDS_OF_SILENCE)

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from nemo_spin.checkpoint.sharded import save_sharded
 from nemo_spin.errors import CheckpointError
 from nemo_spin.progress import Progress
 
@@ -113,7 +114,7 @@ class TrainingCheckpoints:
             dist.barrier()
             with_reference = model.reference_is_needed
             shards = model.sharded_training_state(with_reference, is_loading=False)
-            dist_checkpointing.save(shards, str(unfinished / "shards"))
+            save_sharded(shards, unfinished / "shards")
             dist.barrier()
             if is_main:
                 self._finish(unfinished, name, state, with_reference, keep)

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from nemo_spin.checkpoint.sharded import save_sharded
 from nemo_spin.checkpoint.source import CheckpointSource
 from nemo_spin.checkpoint.stored import EMBEDDING, OUTPUT_LAYER, StoredTensor, layers_are_stacked, read_stored_tensors
 from nemo_spin.errors import CheckpointError
@@ -82,7 +83,7 @@ def save_weights(model: GPTModel, directory: str | Path, vocab_rows: int, prefix
     for name, entry in state.items():
         if entry.key in (prefix + EMBEDDING, prefix + OUTPUT_LAYER) and entry.global_shape[0] > vocab_rows:
             state[name] = _without_padding(entry, vocab_rows)
-    dist_checkpointing.save(state, str(directory))
+    save_sharded(state, directory)
     dist.barrier()
 
 
