@@ -46,6 +46,7 @@ def preflight_error(files: str, overrides: dict[str, Any]) -> str:
         "model.data.train_ds.file_path": f"{files}/train.jsonl",
         "exp_manager.explicit_log_dir": f"{files}/run",
         "trainer.accelerator": "cpu",
+        "trainer.spin.max_iterations": 3,
     }
     for key, value in (good | overrides).items():
         with open_dict(base):
