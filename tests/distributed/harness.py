@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+# Some of a task's process groups outlive it, and with them gloo's threads, which wake up a hundred times a second: after
+# hundreds of tasks they have the machine for themselves.
+_TASKS_OF_A_POOL = 40
 
 
 def _work(tasks: Any, results: Any) -> None:
@@ -72,8 +75,11 @@ class Workers:
     def run(self, function: Callable, *args: Any, tp: int = 1, pp: int = 1, dp: int = 1, **kwargs: Any) -> list[Any]:
         """Call `function(*args, **kwargs)` on tp * pp * dp ranks; raises AssertionError with the worker's traceback."""
         world_size = tp * pp * dp
+        number = next(self._stores)
+        if number % _TASKS_OF_A_POOL == _TASKS_OF_A_POOL - 1:
+            self.stop()
         self._start(world_size)
-        store = str(Path(self._directory.name) / f"store-{next(self._stores)}")
+        store = str(Path(self._directory.name) / f"store-{number}")
         for rank in range(world_size):
             self._tasks[rank].put((function, args, kwargs, rank, world_size, tp, pp, store))
         returned: dict[int, Any] = {}

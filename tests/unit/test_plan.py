@@ -1,0 +1,48 @@
+"""The arithmetic of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from nemo_spin.config import LoopConfig
+from nemo_spin.plan import Plan
+from nemo_spin.progress import Progress
+
+LOOP = LoopConfig(
+    max_iterations=3, max_epochs=2, max_steps=-1, val_check_interval=0, save_interval=0, limit_train_batches=1.0,
+    limit_val_batches=1.0, gradient_clip_val=1.0, max_seconds=None, log_samples=0,
+)  # fmt: skip
+
+
+def plan(examples: int = 100, window: int | None = None, **loop: object) -> Plan:
+    return Plan(dataclasses.replace(LOOP, **loop), 8, examples, window)
+
+
+def test_the_last_batch_of_an_epoch_may_be_smaller() -> None:
+    assert (plan().batches_per_epoch, plan().steps_per_iteration) == (13, 26)
+    assert plan(limit_train_batches=5).steps_per_iteration == 10
+
+
+def test_what_is_left() -> None:
+    at = Progress(iteration=1, iteration_step=4, step=30)
+    assert (plan().left_in_iteration(at), plan().left_in_run(at), plan().iterations_left(at)) == (22, 48, 1)
+    # max_steps counts the whole run
+    limited = plan(max_steps=32)
+    assert (limited.left_in_iteration(at), limited.left_in_run(at)) == (2, 2)
+    assert limited.left_in_run(Progress(iteration=1, iteration_step=6, step=32)) == 0
+
+
+@pytest.mark.parametrize(("window", "batches", "windows"), [(None, 26, 1), (8, 1, 13), (40, 5, 3), (8000, 1000, 1)])
+def test_windows_of_rollouts(window: int | None, batches: int, windows: int) -> None:
+    windowed = plan(window=window)
+    assert (windowed.batches_per_window, windowed.windows_per_iteration) == (batches, windows)
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps"),
+    [(0, []), (-1, []), (10, [10, 20]), (1.0, [13, 26]), (0.25, list(range(3, 27, 3))), (0.001, list(range(1, 27)))],
+)
+def test_what_is_due(interval: int | float, steps: list[int]) -> None:
+    assert [i for i in range(1, 27) if plan().is_due(interval, Progress(iteration_step=i, step=100 + i))] == steps
