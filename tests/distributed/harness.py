@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# Some of a task's process groups outlive it, and with them gloo's threads, which wake up a hundred times a second: after
-# hundreds of tasks they have the machine for themselves.
+# Some of a task's process groups outlive it, and with them gloo's threads, which wake up all the time: after hundreds
+# of tasks they have the machine for themselves.
 _TASKS_OF_A_POOL = 40
 
 
