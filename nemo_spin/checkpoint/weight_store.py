@@ -1,0 +1,44 @@
+"""The weights of a checkpoint, whatever it is written in: names, shapes and dtypes at once, values piece by piece.
+
+Every family of checkpoints is read through this interface, so that loading into a model and converting into another
+family know one kind of checkpoint only, and neither ever holds more than a piece of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+EMBEDDING = "embedding.word_embeddings.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+LAYERS = "decoder.layers."
+
+# For each axis the half-open range [start, stop) of what is wanted.
+Region = tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class WeightStore(Protocol):
+    """tensors: by megatron-core's names, without a prefix and with layers one by one
+    ("decoder.layers.0.mlp.linear_fc1.weight"), see `architecture.layer_tensors` and `outer_tensors`.
+    """
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """A tensor, or a region of it, on the CPU in its stored dtype; the caller may keep and change it.
+
+        Raises CheckpointError if it cannot be read.
+        """
+        ...
