@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.checkpoint import nemo_archive
 from nemo_spin.checkpoint.nemo1 import to_nemo1_config
-from nemo_spin.checkpoint.source import open_checkpoint
+from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.weights import save_weights
 
 if TYPE_CHECKING:

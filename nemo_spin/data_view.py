@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from nemo_spin.checkpoint.source import open_checkpoint
+from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.tokenizer_description import override
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.load_report import LoadReport

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.fingerprint import fingerprint
-from nemo_spin.checkpoint.source import open_checkpoint
+from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.config import LengthParams, SamplingParams
 from nemo_spin.data.formats import RecordEncoder
 from nemo_spin.data.load_report import LoadReport

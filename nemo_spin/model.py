@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_spin.archive import SPINSaveRestoreConnector
 from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
-from nemo_spin.checkpoint.source import CheckpointSource, open_checkpoint
-from nemo_spin.checkpoint.stored import EMBEDDING, StoredTensor
+from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1, override
 from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
@@ -76,7 +77,7 @@ class MegatronGPTSPINModel(ModelPT):
         with open_checkpoint(path) as source:
             self.tokenizer = restore_tokenizer(source, self._cfg.get("tokenizer"))
             self._build(source.architecture(self.tokenizer.vocab_size), path)
-            load_weights(self.gpt, source)
+            load_weights(self.gpt, source.weights(), str(source.path))
 
     def _build_from_config(self) -> None:
         config = OmegaConf.to_container(self._cfg, resolve=True)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_spin import experiment
 from nemo_spin.checkpoint.architecture import check_layout
-from nemo_spin.checkpoint.source import open_checkpoint
+from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.config import DatasetConfig, SpinConfig, parse_config
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer

@@ -19,7 +19,7 @@ from nemo_spin.checkpoint.architecture import (
     squared_relu,
     transformer_fields,
 )
-from nemo_spin.checkpoint.stored import EMBEDDING, POSITIONS, StoredTensor
+from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.checkpoint.supported import refuse_unsupported
 from nemo_spin.errors import CheckpointError
 
@@ -71,7 +71,7 @@ def architecture_from_nemo2(
 ) -> Architecture:
     """The architecture of a NeMo 2 model.
 
-    context: model.yaml as plain data. tensors: what is stored (`stored.read_stored_tensors`).
+    context: model.yaml as plain data. tensors: what is stored (`WeightStore.tensors`).
     vocab_size: number of ids of the tokenizer; used when the configuration gives none, None for all stored rows.
     where: names the configuration in messages. Raises CheckpointError for what cannot be represented.
     """

@@ -1,71 +1,63 @@
-"""Weights in and out of a model: torch_dist directories of megatron-core, at any tensor x pipeline layout.
+"""Weights in and out of a model, at any tensor x pipeline layout.
 
-A checkpoint does not know the layout that it was saved with; every process reads the slices that it holds.
+A checkpoint does not know the layout that it was saved with; every process reads the regions that it holds.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from nemo_spin.checkpoint.sharded import save_sharded
-from nemo_spin.checkpoint.source import CheckpointSource
-from nemo_spin.checkpoint.stored import EMBEDDING, OUTPUT_LAYER, StoredTensor, layers_are_stacked, read_stored_tensors
+from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, WeightStore
 from nemo_spin.errors import CheckpointError
 
 
-def load_weights(model: GPTModel, source: CheckpointSource) -> None:
-    """Fill this rank's part of the model from an opened checkpoint; every rank has to call it.
+@torch.no_grad()
+def load_weights(model: GPTModel, store: WeightStore, origin: str) -> None:
+    """Fill this rank's part of the model; every rank has to call it.
 
-    Stored dtypes are converted to the model's. Embedding rows beyond the stored ones become zero (megatron-core's
-    doing). Raises CheckpointError if a weight is missing or has another shape.
+    Stored dtypes are converted to the model's. Embedding rows beyond the stored ones become zero.
+    origin: names the checkpoint in messages. Raises CheckpointError if a weight is missing, has another shape or cannot
+    be read.
     """
-    load_directory(model, source.weights_dir(), source.key_prefix, source.tensors, str(source.path))
-
-
-def load_directory(
-    model: GPTModel,
-    directory: Path,
-    prefix: str,
-    tensors: Mapping[str, StoredTensor] | None = None,
-    origin: str | None = None,
-) -> None:
-    """As `load_weights`, from a torch_dist directory.
-
-    prefix: before the names of the stored weights. tensors: what is stored, read from the directory if not given.
-    origin: names the checkpoint in messages.
-    """
-    origin = origin or str(directory)
-    if tensors is None:
-        tensors = read_stored_tensors(Path(directory), prefix, origin)
-    state = _sharded_state(model, prefix, {"non_homogeneous_layers": not layers_are_stacked(tensors)})
-    stored = {prefix + key for key in tensors}
-    for name, entry in state.items():
-        if entry.key not in stored:
-            raise CheckpointError(f"{origin} holds no tensor {entry.key}, which the model needs for its {name}.")
-    try:
-        with _without_common_state(Path(directory)) as view:
-            loaded = dist_checkpointing.load(state, str(view))
-    except (CheckpointingException, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"The weights of {origin} cannot be read: {' '.join(str(error).split())[:300]}"
-        ) from error
-    result = model.load_state_dict({name.removeprefix(prefix): loaded[name] for name in state}, strict=False)
-    missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
-    if missing or result.unexpected_keys:
-        raise CheckpointError(f"{origin} does not fill the model: {(missing or result.unexpected_keys)[0]} is left.")
+    state = _sharded_state(model, "", {"non_homogeneous_layers": True})
+    apply_factories(state)
+    for entry in nested_values(state):
+        if not isinstance(entry, ShardedTensor):
+            continue
+        if entry.key not in store.tensors:
+            raise CheckpointError(f"{origin} holds no tensor {entry.key}, which the model needs.")
+        # entry.data is the model's own memory: for the halves of a gated layer, a view of it.
+        _fill(entry, store, origin)
     # The process that unpacked an archive may remove the files when this returns.
     dist.barrier()
+
+
+def _fill(entry: ShardedTensor, store: WeightStore, origin: str) -> None:
+    stored = store.tensors[entry.key].shape
+    if not entry.allow_shape_mismatch and stored != tuple(entry.global_shape):
+        raise CheckpointError(
+            f"{origin}: tensor {entry.key} is {list(stored)}, but the model has {list(entry.global_shape)}."
+        )
+    region = tuple(
+        slice(min(start, size), min(start + length, size))
+        for start, length, size in zip(entry.global_offset, entry.local_shape, stored, strict=True)
+    )
+    target = entry.data
+    if entry.allow_shape_mismatch:
+        target.zero_()
+        target = target[: region[0].stop - region[0].start]
+    if target.numel():
+        target.copy_(store.read(entry.key, region))
 
 
 def save_weights(model: GPTModel, directory: str | Path, vocab_rows: int, prefix: str = "model.") -> None:
@@ -101,17 +93,3 @@ def _without_padding(entry: ShardedTensor, vocab_rows: int) -> ShardedTensor:
 def _sharded_state(model: GPTModel, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
     state = model.sharded_state_dict(prefix=prefix, metadata=metadata)
     return {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
-
-
-@contextmanager
-def _without_common_state(directory: Path) -> Iterator[Path]:
-    """A view of the directory in which common.pt is empty.
-
-    Weights never need it, and torch refuses to load what training runs put there (paths, arguments, callbacks).
-    """
-    with tempfile.TemporaryDirectory(prefix="nemo_spin_view_") as view:
-        for file in directory.resolve().iterdir():
-            if file.name != "common.pt":
-                (Path(view) / file.name).symlink_to(file)
-        torch.save({}, Path(view) / "common.pt")
-        yield Path(view)

@@ -39,7 +39,7 @@ def preflight_error(files: str, overrides: dict[str, Any]) -> str:
     def never(*args: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    load_directory, weights.load_directory = weights.load_directory, never
+    load_weights, weights.load_weights = weights.load_weights, never
     base = OmegaConf.load(config_dir() / "gpt_spin.yaml")
     good = {
         "pretrained_checkpoint.restore_from_path": f"{files}/sft.nemo",
@@ -57,7 +57,7 @@ def preflight_error(files: str, overrides: dict[str, Any]) -> str:
         return str(error)
     finally:
         # The worker serves other tests after this one.
-        weights.load_directory = load_directory
+        weights.load_weights = load_weights
     return ""
 
 

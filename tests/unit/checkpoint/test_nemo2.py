@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nemo_spin.checkpoint.architecture import gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1, to_nemo1_config
 from nemo_spin.checkpoint.nemo2 import architecture_from_nemo2
-from nemo_spin.checkpoint.stored import EMBEDDING, StoredTensor
+from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.errors import CheckpointError
 
 TENSORS = {EMBEDDING: StoredTensor((384, 64), torch.bfloat16)}

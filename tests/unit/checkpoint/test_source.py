@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from nemo_spin.checkpoint import nemo_archive
 from nemo_spin.checkpoint.architecture import Architecture, layer_tensors, outer_tensors
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1, to_nemo1_config
-from nemo_spin.checkpoint.source import open_checkpoint
-from nemo_spin.checkpoint.stored import EMBEDDING, StoredTensor
+from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.errors import CheckpointError
 
 SHARD = "__0_0.distcp"
@@ -124,12 +124,11 @@ def test_a_directory_and_its_archive_are_the_same_checkpoint(tmp_path: Path) -> 
     for path in (directory, archive):
         with open_checkpoint(path) as source:
             assert source.family == "nemo1"
-            assert source.key_prefix == "model."
             assert source.architecture(48) == expected(CONFIG | {"vocab_size": 48})
             assert source.tokenizer is not None
             assert source.tokenizer.source == "nemo:abc_tokenizer.model"
             assert (source.files_dir / "abc_tokenizer.model").read_bytes() == b"pieces"
-            assert (source.weights_dir() / ".metadata").is_file()
+            assert source.weights().tensors == source.tensors
             files = source.files_dir
         assert files.exists() == (path is directory)
 
@@ -138,7 +137,6 @@ def test_a_directory_and_its_archive_are_the_same_checkpoint(tmp_path: Path) -> 
 def test_a_nemo2_directory_or_a_part_of_it(tmp_path: Path, part: str) -> None:
     with open_checkpoint(write_nemo2(tmp_path / "ckpt") / part) as source:
         assert source.family == "nemo2"
-        assert source.key_prefix == "module."
         assert source.architecture() == expected(CONFIG)
 
 
@@ -262,7 +260,7 @@ def damaged(tmp_path: Path, kind: str) -> Path:
         ("code in model.yaml", "plain data"),
         ("no .metadata", ".metadata is missing"),
         ("no metadata.json", "metadata.json is missing"),
-        ("zarr", "dist_ckpt_format: torch_dist"),
+        ("zarr", "model.output_layer.weight/.zarray does not describe an array"),
         ("other backend", "fsdp_dtensor"),
         ("broken .metadata", "cannot be read"),
         ("code in .metadata", "system"),

@@ -1,0 +1,75 @@
+"""Comparing what a checkpoint stores with what its configuration says, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_spin.checkpoint.architecture import Architecture, layer_tensors, outer_tensors
+from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, OUTPUT_LAYER, POSITIONS, StoredTensor
+from nemo_spin.errors import CheckpointError
+
+_QK_NORMS = tuple(f"{which}_layernorm.{kind}" for which in "qk" for kind in ("weight", "bias"))
+
+
+def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of the architecture, with layers one by one."""
+    layers = range(architecture.transformer["num_layers"])
+    of_layer = layer_tensors(architecture.transformer)
+    return outer_tensors(architecture) | {
+        f"{LAYERS}{index}.{name}": shape for index in layers for name, shape in of_layer.items()
+    }
+
+
+def check_against(tensors: Mapping[str, StoredTensor], architecture: Architecture, origin: str) -> None:
+    """Raises CheckpointError, naming tensor and configuration, where the stored tensors contradict the architecture."""
+    expected = expected_tensors(architecture)
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{origin} holds no tensor {name}, which its configuration asks for{reason(name, architecture)}."
+            )
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{origin} contradicts itself: tensor {name} is {list(tensors[name].shape)}, but its configuration "
+                f"makes it {list(shape)}{reason(name, architecture)}."
+            )
+        if not tensors[name].dtype.is_floating_point or tensors[name].dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{origin} stores {name} as {tensors[name].dtype}, which is not supported: re-save it in bf16 or fp32."
+            )
+    for name in tensors:
+        if name not in expected:
+            raise CheckpointError(
+                f"{origin} holds a tensor {name} that its configuration does not ask for{reason(name, architecture)}: "
+                "it is another kind of model than the configuration says."
+            )
+
+
+def reason(name: str, architecture: Architecture) -> str:
+    """The keys of the configuration that decide whether a tensor exists and what its shape is, in parentheses."""
+    transformer = architecture.transformer
+    if name in (EMBEDDING, OUTPUT_LAYER):
+        fields: dict[str, Any] = {
+            "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
+            "hidden_size": transformer["hidden_size"],
+        }
+    elif name == POSITIONS:
+        fields = {
+            "position_embedding_type": architecture.position_embedding_type,
+            "hidden_size": transformer["hidden_size"],
+        }
+    elif "norm" in name:
+        names = ["num_layers", "hidden_size", "normalization"] + (["qk_layernorm"] if name.endswith(_QK_NORMS) else [])
+        fields = {name: transformer[name] for name in names}
+    elif name.endswith(".bias"):
+        fields = {name: transformer[name] for name in ("num_layers", "add_bias_linear", "add_qkv_bias")}
+    elif "linear_qkv" in name or "linear_proj" in name:
+        names = ["num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"]
+        fields = {name: transformer[name] for name in names}
+    elif "linear_fc" in name:
+        names = ["num_layers", "hidden_size", "ffn_hidden_size", "gated_linear_unit"]
+        fields = {name: transformer[name] for name in names}
+    else:
+        return ""
+    return " (" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + ")"

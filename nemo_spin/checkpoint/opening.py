@@ -1,0 +1,64 @@
+"""Finds out what a path is, and opens it.
+
+Opening reads the configuration and the list of stored tensors, not the weights: enough to refuse early what cannot be
+used. The weights of an archive are unpacked when they are asked for.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_spin.checkpoint import nemo1_source, nemo2_source, nemo_archive
+from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.errors import CheckpointError
+
+_EXPECTED = (
+    "expected a .nemo file, an unpacked one, a NeMo 2 directory (context/, weights/), a Megatron directory (iter_*), "
+    "or a Hugging Face directory (config.json, *.safetensors)"
+)
+
+
+@contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[CheckpointSource]:
+    """Open a checkpoint, or the newest whole one of a run's directory; what had to be unpacked is removed on leaving.
+
+    Raises CheckpointError, in one sentence, if there is none at `path`, or none that can be read.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        yield _open_directory(path)
+        return
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint at {path}: {_EXPECTED}.")
+    if not tarfile.is_tarfile(path):
+        raise CheckpointError(f"{path} is no checkpoint: it is not a tar archive; {_EXPECTED}.")
+    with tempfile.TemporaryDirectory(prefix="nemo_spin_") as scratch:
+        yield nemo1_source.open_archive(path, Path(scratch))
+
+
+def _open_directory(path: Path) -> CheckpointSource:
+    if nemo1_source.is_nemo1_directory(path):
+        return nemo1_source.open_directory(path)
+    if nemo2_source.is_nemo2_directory(path):
+        return nemo2_source.open_directory(path)
+    if newest := nemo2_source.newest_in(path):
+        source = nemo2_source.open_directory(newest[0])
+        source.chosen = newest[1]
+        return source
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is a Hugging Face model: convert it to NeMo first (NeMo 2's llm.import_ckpt), and give the result."
+        )
+    if (path / ".metadata").is_file() or (path / "weights").is_dir():
+        raise CheckpointError(
+            f"{path} holds weights, but no configuration of the model (context/model.yaml or "
+            f"{nemo_archive.CONFIG}): {_EXPECTED}."
+        )
+    archives = sorted(file.name for file in path.glob("*.nemo"))
+    if archives:
+        raise CheckpointError(f"{path} is no checkpoint, but holds {', '.join(archives[:5])}: give one of them.")
+    raise CheckpointError(f"{path} is a directory, but no checkpoint: {_EXPECTED}.")

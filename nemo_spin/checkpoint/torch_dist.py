@@ -1,0 +1,221 @@
+"""torch_dist directories: megatron-core's distributed checkpoints, read and written piece by piece.
+
+They are torch.distributed.checkpoint's format with a metadata.json and a common.pt beside it. Reading goes through
+torch's own storage reader, writing through its writer; neither needs a model or a process group.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from nemo_spin.checkpoint.metadata_pickle import read_metadata
+from nemo_spin.checkpoint.stacked import StackedStore
+from nemo_spin.checkpoint.weight_store import LAYERS, Region, StoredTensor, WeightStore
+from nemo_spin.errors import CheckpointError
+
+_RESAVE = "re-save it as torch_dist (in NeMo 1 with dist_ckpt_format: torch_dist)"
+# Largest piece that is written at a time, in bytes.
+_PIECE = 512 * 2**20
+
+
+class TorchDistStore(StackedStore):
+    """The weights of a torch_dist directory."""
+
+    def __init__(
+        self, directory: Path, prefix: str, origin: str, metadata: Any = None, sizes: Mapping[str, int] | None = None
+    ) -> None:
+        """prefix: before the names of weights. origin: names the checkpoint in messages.
+
+        metadata: what `.metadata` says, where it is known already. sizes: bytes of each file, where they are not
+        unpacked yet. Raises CheckpointError if the directory is no torch_dist checkpoint, its `.metadata` cannot be
+        read, or files are missing or cut off.
+        """
+        check_backend(directory, origin)
+        self.directory = directory
+        self._metadata = metadata or read_metadata(directory / ".metadata", origin)
+        if sizes is None:
+            sizes = {file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()}
+        _check_files(self._metadata.storage_data or {}, sizes, f"{origin} is incomplete: {directory.name}")
+        arrays = {
+            key: StoredTensor(tuple(entry.size), entry.properties.dtype)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        super().__init__(arrays, prefix, origin)
+        self._reader = dcp.FileSystemReader(directory)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def _read(self, key: str, region: Region) -> Tensor:
+        entry = self._metadata.state_dict_metadata[key]
+        offsets, sizes = [part.start for part in region], [part.stop - part.start for part in region]
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        items = create_read_items_for_chunk_list(key, entry, [wanted])
+        if sum(math.prod(item.lengths) for item in items) < target.numel():
+            raise CheckpointError(f"{self.origin} is incomplete: not all of {key} is stored in it; copy it again.")
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{self.origin}: {key} cannot be read ({reason}): the file is damaged; copy it again or use another "
+                "checkpoint."
+            ) from error
+        return target
+
+
+class _Into(dcp.DefaultLoadPlanner):
+    """Where torch's reader puts the pieces that it reads."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        view = self._target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(axis, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the reader copied into a view."""
+
+
+def check_backend(directory: Path, origin: str) -> None:
+    """Raises CheckpointError unless the directory is a whole torch_dist checkpoint, as far as its names show.
+
+    origin: the path that the user gave, for the message.
+    """
+    if not (directory / ".metadata").is_file():
+        raise CheckpointError(
+            f"{origin} is incomplete: {directory.name}/.metadata is missing, so it is not known which tensors it "
+            "holds; copy it again or use another checkpoint."
+        )
+    backend = read_backend(directory, origin)
+    if backend != "torch_dist":
+        raise CheckpointError(f"{origin} stores its weights as {backend}, which is not supported: {_RESAVE}.")
+
+
+def read_backend(directory: Path, origin: str) -> str:
+    """Which of megatron-core's formats metadata.json names. Raises CheckpointError."""
+    try:
+        return json.loads((directory / "metadata.json").read_text())["sharded_backend"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{origin} is incomplete: {directory.name}/metadata.json is missing; copy it again or use another "
+            "checkpoint."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{origin} is damaged: {directory.name}/metadata.json does not name its sharded_backend."
+        ) from None
+
+
+def _check_files(storage: Mapping[Any, Any], sizes: Mapping[str, int], incomplete: str) -> None:
+    """storage: what `.metadata` says of where in which file each piece lies."""
+    for piece in storage.values():
+        name, end = piece.relative_path, piece.offset + piece.length
+        if name not in sizes:
+            raise CheckpointError(f"{incomplete}/{name} is missing; copy it again or use another checkpoint.")
+        if sizes[name] < end:
+            raise CheckpointError(
+                f"{incomplete}/{name} is truncated ({sizes[name]} bytes, at least {end} are needed); copy it again or "
+                "use another checkpoint."
+            )
+
+
+def write_torch_dist(
+    store: WeightStore, directory: Path, prefix: str, common_state: dict[str, Any] | None = None
+) -> None:
+    """Write the weights of a store as a torch_dist directory with stacked layers, one piece in memory at a time.
+
+    directory: made here. prefix: before the names, "model." for NeMo 1, "module." for NeMo 2, none for Megatron-LM.
+    common_state: the content of common.pt. Raises CheckpointError if a weight cannot be read.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True)
+    dcp.save({}, storage_writer=writer, planner=_PiecePlanner(store, prefix), no_dist=True)
+    torch.save(common_state or {}, directory / "common.pt")
+    description = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    (directory / "metadata.json").write_text(json.dumps(description))
+
+
+class _PiecePlanner(dcp.DefaultSavePlanner):
+    """Tells torch's writer which pieces there are, and reads each one when its turn comes."""
+
+    def __init__(self, store: WeightStore, prefix: str) -> None:
+        super().__init__()
+        self._store, self._prefix = store, prefix
+        self._layers_with = Counter(_within_layer(name) for name in store.tensors)
+        self._sources: dict[MetadataIndex, tuple[str, Region]] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, tensor in self._store.tensors.items():
+            full, stack = self._stacked(name)
+            shape = (*stack[1:], *tensor.shape)
+            for region in _pieces(tensor):
+                start = (*stack[:1], *(part.start for part in region))
+                size = (*(1 for _ in stack[:1]), *(part.stop - part.start for part in region))
+                chunk = ChunkStorageMetadata(torch.Size(start), torch.Size(size))
+                index = MetadataIndex(full, chunk.offsets)
+                self._sources[index] = (name, region)
+                data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(shape))
+                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def _stacked(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Full name, and (layer, number of layers) for a weight of a layer."""
+        if not name.startswith(LAYERS):
+            return self._prefix + name, ()
+        within = _within_layer(name)
+        layer = int(name.removeprefix(LAYERS).split(".")[0])
+        return f"{self._prefix}{LAYERS}{within}", (layer, self._layers_with[within])
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        name, region = self._sources[write_item.index]
+        piece = self._store.read(name, region)
+        return piece.reshape(write_item.tensor_data.chunk.sizes).contiguous()
+
+
+def _within_layer(name: str) -> str:
+    return name.removeprefix(LAYERS).partition(".")[2] if name.startswith(LAYERS) else name
+
+
+def _pieces(tensor: StoredTensor) -> Iterator[Region]:
+    """Regions that cover the tensor, each of a bounded size: ranges of rows."""
+    rows, rest = tensor.shape[0], tensor.shape[1:]
+    at_a_time = max(1, _PIECE // (math.prod(rest) * tensor.dtype.itemsize))
+    for start, stop in pairwise([*range(0, rows, at_a_time), rows]):
+        yield (slice(start, stop), *(slice(0, size) for size in rest))
