@@ -21,8 +21,8 @@ from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.source import CheckpointSource
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1, override
+from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
 from nemo_spin.errors import UserError

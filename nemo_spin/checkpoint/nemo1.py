@@ -18,8 +18,8 @@ from nemo_spin.checkpoint.architecture import (
     squared_relu,
     transformer_fields,
 )
-from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.checkpoint.supported import is_transformer_field, refuse_unsupported
+from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 
 KEY_PREFIX = "model."
