@@ -75,6 +75,7 @@ def _source(path: Path, files: Path, sizes: Mapping[str, int] | None) -> Checkpo
         config,
         tokenizer,
         files,
+        written_by=f"NeMo {config['nemo_version']}" if config.get("nemo_version") else None,
         _store=store,
         _architecture=lambda vocab_size: nemo1.architecture_from_nemo1(
             config, store.tensors, vocab_size, f"{path}: {nemo_archive.CONFIG}"

@@ -25,7 +25,7 @@ class CheckpointSource:
     family: "nemo1", "nemo2", "megatron" (Megatron-LM), "bridge" (Megatron-Bridge) or "huggingface".
     layout: how the weights are stored: "torch_dist", "zarr" or "safetensors".
     config: the family's configuration, plain data. tokenizer: as the configuration describes it, None where it does
-    not. files_dir: where its files are.
+    not. files_dir: where its files are. written_by: the program and its version, as far as the checkpoint says.
     """
 
     path: Path
@@ -34,6 +34,7 @@ class CheckpointSource:
     config: Mapping[str, Any]
     tokenizer: TokenizerDescription | None
     files_dir: Path
+    written_by: str | None = field(default=None, kw_only=True)
     chosen: str | None = field(default=None, kw_only=True)
     _store: WeightStore = field(repr=False, kw_only=True)
     # vocab_size -> the architecture that the configuration describes

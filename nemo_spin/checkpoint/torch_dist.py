@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -159,7 +160,9 @@ def write_torch_dist(
     """
     directory.mkdir(parents=True, exist_ok=True)
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True)
-    dcp.save({}, storage_writer=writer, planner=_PiecePlanner(store, prefix), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save({}, storage_writer=writer, planner=_PiecePlanner(store, prefix), no_dist=True)
     torch.save(common_state or {}, directory / "common.pt")
     description = {
         "sharded_backend": "torch_dist",
@@ -174,7 +177,7 @@ class _PiecePlanner(dcp.DefaultSavePlanner):
     """Tells torch's writer which pieces there are, and reads each one when its turn comes."""
 
     def __init__(self, store: WeightStore, prefix: str) -> None:
-        super().__init__()
+        super().__init__(flatten_state_dict=False)
         self._store, self._prefix = store, prefix
         self._layers_with = Counter(_within_layer(name) for name in store.tensors)
         self._sources: dict[MetadataIndex, tuple[str, Region]] = {}

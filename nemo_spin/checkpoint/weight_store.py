@@ -6,6 +6,7 @@ family know one kind of checkpoint only, and neither ever holds more than a piec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,11 @@ Region = tuple[slice, ...]
 class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 class WeightStore(Protocol):

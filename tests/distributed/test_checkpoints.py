@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import Workers
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from toy import fill_deterministically, toy_architecture
@@ -20,7 +20,7 @@ from nemo_spin.checkpoint import nemo1, nemo_archive
 from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh, squared_relu
 from nemo_spin.checkpoint.contradictions import check_against
 from nemo_spin.checkpoint.opening import open_checkpoint
-from nemo_spin.checkpoint.torch_dist import TorchDistStore
+from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.checkpoint.weights import load_weights, save_weights
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.gpt import build_gpt
@@ -186,6 +186,36 @@ def test_layers_stored_one_by_one_and_other_files_in_common_pt(workers: Workers,
     torch.save({"trainer": {"path": Path("x"), "spec": shutil.copy}}, tmp_path / "common.pt")
     loaded = last(workers.run(load_saved, toy_architecture(), tmp_path, ids, tp=2, pp=1))
     assert torch.allclose(saved, loaded, rtol=0, atol=2e-5)
+
+
+def rewritten_piece_by_piece(architecture: Architecture, directory: Path, ids: Tensor) -> Any:
+    """What megatron-core's own loader makes of weights that went through `write_torch_dist`."""
+    model = build_gpt(architecture, "32")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    state = model.sharded_state_dict(prefix="module.")
+    state = {name: entry for name, entry in state.items() if not name.endswith("_extra_state")}
+    model.load_state_dict(
+        {
+            name.removeprefix("module."): tensor
+            for name, tensor in dist_checkpointing.load(state, str(directory)).items()
+        },
+        strict=False,
+    )
+    found = logits(model, ids)
+    return None if found is None else found[..., : architecture.vocab_rows]
+
+
+@pytest.mark.parametrize("name", ["gpt2-like", "qk-layernorm"])
+def test_megatron_core_reads_what_is_written_piece_by_piece(workers: Workers, tmp_path: Path, name: str) -> None:
+    ids = torch.arange(20).reshape(2, 10)
+    architecture = VARIANTS[name]
+    saved = last(workers.run(save_filled, architecture, tmp_path / "saved", ids, tp=1, pp=1))
+    write_torch_dist(TorchDistStore(tmp_path / "saved", "model.", "it"), tmp_path / "rewritten", "module.")
+    for tp, pp in ((1, 1), (2, 2)):
+        found = last(workers.run(rewritten_piece_by_piece, architecture, tmp_path / "rewritten", ids, tp=tp, pp=pp))
+        assert torch.allclose(saved, found, rtol=0, atol=2e-5)
 
 
 def load_refused(architecture: Architecture, directory: Path) -> str:

@@ -100,7 +100,7 @@ def write_nemo2(directory: Path) -> Path:
         "share_embeddings_and_output_weights": False,
         "seq_length": 32,
     }
-    (directory / "context").mkdir()
+    (directory / "context").mkdir(parents=True)
     (directory / "context" / "model.yaml").write_text(
         yaml.safe_dump({"_target_": gpt + "llama.LlamaModel", "config": config})
     )
@@ -138,6 +138,26 @@ def test_a_nemo2_directory_or_a_part_of_it(tmp_path: Path, part: str) -> None:
     with open_checkpoint(write_nemo2(tmp_path / "ckpt") / part) as source:
         assert source.family == "nemo2"
         assert source.architecture() == expected(CONFIG)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "."])
+def test_the_newest_whole_checkpoint_of_a_run_is_used(tmp_path: Path, place: str) -> None:
+    directory = tmp_path / "run" / place
+    for step in (9, 10, 11, 12):
+        write_nemo2(directory / f"gpt--val_loss=1.00-step={step}-consumed_samples=8.0")
+    (directory / "gpt--val_loss=1.00-step=12-consumed_samples=8.0-unfinished").touch()
+    (directory / "gpt--val_loss=1.00-step=11-consumed_samples=8.0" / "weights" / ".metadata").unlink()
+    newest = directory / "gpt--val_loss=1.00-step=10-consumed_samples=8.0"
+    os.utime(newest / "weights" / ".metadata", (0, 0))  # a copy keeps no times
+    with open_checkpoint(tmp_path / "run") as source:
+        assert source.path == newest
+        assert "the newest of 2 whole checkpoints" in source.chosen
+        assert "2 more are incomplete" in source.chosen
+    named = directory / "gpt--val_loss=1.00-step=9-consumed_samples=8.0"
+    with open_checkpoint(named) as source:
+        assert source.path == named
+        assert source.chosen is None
+    assert "not written to its end" in refusal(directory / "gpt--val_loss=1.00-step=12-consumed_samples=8.0")
 
 
 def test_layers_may_be_stored_one_by_one(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""torch_dist and zarr directories: what is written piece by piece is read back, here and by their own readers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from stores import MemoryStore, random_store
+
+from nemo_spin.checkpoint import torch_dist
+from nemo_spin.checkpoint.architecture import Architecture
+from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
+from nemo_spin.checkpoint.stacked import StackedStore
+from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
+from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
+from nemo_spin.checkpoint.zarr_store import ZarrStore
+from nemo_spin.errors import CheckpointError
+
+FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
+
+
+@pytest.fixture(name="architecture")
+def _architecture() -> Architecture:
+    config = {
+        "mcore_gpt": True,
+        "num_layers": 3,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 24,
+        "activation": "fast-swiglu",
+        "normalization": "rmsnorm",
+        "bias": False,
+        "position_embedding_type": "rope",
+        "share_embeddings_and_output_weights": False,
+    }
+    return architecture_from_nemo1(config, {EMBEDDING: StoredTensor((50, 16), torch.bfloat16)}, None, "it")
+
+
+def assert_same(found: StackedStore, store: MemoryStore) -> None:
+    assert found.tensors == store.tensors
+    for name, expected in store.weights.items():
+        assert torch.equal(found.read(name), expected), name
+    region = (slice(5, 29), slice(3, 9))
+    assert torch.equal(found.read(FC1, region), store.weights[FC1][region])
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", ""])
+def test_what_is_written_is_read_back(
+    tmp_path: Path, architecture: Architecture, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_dist, "_PIECE", 7 * 16 * 2)
+    store = random_store(architecture)
+    write_torch_dist(store, tmp_path / "weights", prefix, {"iteration": 7})
+    assert store.largest <= 7 * 16
+    assert_same(TorchDistStore(tmp_path / "weights", prefix, "it"), store)
+    assert torch.load(tmp_path / "weights" / "common.pt", weights_only=True) == {"iteration": 7}
+
+
+def test_torch_reads_what_is_written_with_stacked_layers(tmp_path: Path, architecture: Architecture) -> None:
+    store = random_store(architecture)
+    write_torch_dist(store, tmp_path, "model.")
+    stacked = {"model.decoder.layers.mlp.linear_fc1.weight": torch.empty(3, 48, 16, dtype=torch.bfloat16)}
+    dcp.load(stacked, checkpoint_id=tmp_path, no_dist=True)
+    for layer, found in enumerate(stacked["model.decoder.layers.mlp.linear_fc1.weight"]):
+        assert torch.equal(found, store.weights[FC1.replace("1", str(layer), 1)])
+
+
+def test_a_damaged_piece_is_named(tmp_path: Path, architecture: Architecture) -> None:
+    write_torch_dist(random_store(architecture), tmp_path, "model.")
+    (shard,) = tmp_path.glob("*.distcp")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(CheckpointError, match="embedding.word_embeddings.weight cannot be read"):
+        TorchDistStore(tmp_path, "model.", "it").read(EMBEDDING)
+
+
+def write_zarr(store: MemoryStore, directory: Path) -> None:
+    """As NeMo and tensorstore wrote it in 2024: [layers, ...] in chunks of a layer and half of its rows."""
+    import tensorstore
+
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in store.weights.items():
+        layer = name.split(".")[2] if name.startswith("decoder.layers.") else None
+        key = name if layer is None else name.replace(f"layers.{layer}.", "layers.", 1)
+        stacks.setdefault("model." + key, []).append(tensor)
+    for key, tensors in stacks.items():
+        value = torch.stack(tensors) if ".layers." in key else tensors[0]
+        chunks = [1, -(-value.shape[1] // 2), *value.shape[2:]] if ".layers." in key else [-(-len(value) // 2)]
+        chunks += list(value.shape[len(chunks) :])
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": str(directory / key)},
+            "metadata": {"dtype": "bfloat16", "shape": list(value.shape), "chunks": chunks, "compressor": None},
+        }
+        array = tensorstore.open(spec, create=True).result()
+        array[...] = value.float().numpy().astype(array.dtype.numpy_dtype)
+    (directory / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
+
+
+def test_zarr_with_bf16(tmp_path: Path, architecture: Architecture) -> None:
+    store = random_store(architecture)
+    write_zarr(store, tmp_path)
+    assert json.loads((tmp_path / "model.output_layer.weight" / ".zarray").read_text())["dtype"] == "bfloat16"
+    assert_same(ZarrStore(tmp_path, "model.", "it"), store)
+
+
+@pytest.mark.parametrize(("damage", "words"), [("missing", "1.0.0 is missing"), ("truncated", "1.0.0 is truncated")])
+def test_a_chunk_that_is_not_whole(tmp_path: Path, architecture: Architecture, damage: str, words: str) -> None:
+    write_zarr(random_store(architecture), tmp_path)
+    chunk = tmp_path / "model.decoder.layers.mlp.linear_fc1.weight" / "1.0.0"
+    content = np.fromfile(chunk, dtype=np.uint8)
+    chunk.unlink()
+    if damage == "truncated":
+        content[: len(content) // 2].tofile(chunk)
+    with pytest.raises(CheckpointError, match=f"linear_fc1.weight/{words}"):
+        ZarrStore(tmp_path, "model.", "it")
+
+
+def test_without_tensorstore_one_sentence_names_the_extra(
+    tmp_path: Path, architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_zarr(random_store(architecture), tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "tensorstore", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'nemo-spin\[zarr\]'"):
+        ZarrStore(tmp_path, "model.", "it")
