@@ -13,7 +13,15 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration key or value that cannot be used."""
+    """A configuration key or value that cannot be used. key: the full name of that key, where there is one."""
+
+    def __init__(self, sentence: str = "", key: str | None = None) -> None:
+        super().__init__(sentence)
+        self.key = key
+
+
+class MissingKeyError(ConfigError):
+    """A configuration lacks a value that has to be given."""
 
 
 class DataError(UserError):

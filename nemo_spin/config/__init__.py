@@ -1,5 +1,8 @@
 """A run's configuration: what its keys mean (`schema`), which exist (`keys`), and how they are checked (`parse`).
 
+NeMo-Aligner's configurations are taken as they are: `unread` and `translate` say what becomes of the keys that are not
+ours, `review` of all keys.
+
 Everything that can be refused without opening a file is refused by `parse_config`, before anything is loaded.
 """
 
@@ -7,8 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_spin.config.keys import check_overrides, ignored_keys
-from nemo_spin.config.parse import LOGGERS, parse_config, parse_sampling, register_resolvers, with_defaults
+from nemo_spin.config.overrides import addable_overrides, check_overrides
+from nemo_spin.config.parse import LOGGERS, parse_config, parse_sampling, register_resolvers, resolved, with_defaults
+from nemo_spin.config.review import notices
 from nemo_spin.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -38,12 +42,14 @@ __all__ = [
     "SchedConfig",
     "SpinConfig",
     "TokenizerConfig",
+    "addable_overrides",
     "check_overrides",
     "config_dir",
-    "ignored_keys",
+    "notices",
     "parse_config",
     "parse_sampling",
     "register_resolvers",
+    "resolved",
     "with_defaults",
 ]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -24,11 +25,12 @@ from nemo_spin.config.schema import (
     SpinConfig,
     TokenizerConfig,
 )
+from nemo_spin.config.translate import translate
 from nemo_spin.config.values import Section
 from nemo_spin.data.conversations import ChatPromptTokens
 from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
 from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE, check_template, check_truncation_field
-from nemo_spin.errors import ConfigError
+from nemo_spin.errors import ConfigError, MissingKeyError
 
 _PRECISIONS = {
     **dict.fromkeys(("32", "32-true", "fp32"), "32"),
@@ -44,8 +46,12 @@ _SCHEDULES = ("CosineAnnealing", "LinearAnnealing", "Constant")
 
 def register_resolvers() -> None:
     """Make `${int_div:a, b}` and `${multiply:a, b}` known to OmegaConf; of null both make null."""
-    OmegaConf.register_new_resolver("int_div", lambda a, b: None if a is None else a // b, replace=True)
-    OmegaConf.register_new_resolver("multiply", lambda a, b: None if a is None else a * b, replace=True)
+    for name, function in {"int_div": operator.floordiv, "multiply": operator.mul}.items():
+        OmegaConf.register_new_resolver(name, _null_of_null(function), replace=True)
+
+
+def _null_of_null(function: Callable[[int, int], int]) -> Callable[[int | None, int | None], int | None]:
+    return lambda a, b: None if a is None or b is None else function(a, b)
 
 
 def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
@@ -54,8 +60,13 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
     cfg: hydra's DictConfig, or plain mappings; interpolations are resolved. Reads no file and needs no process group.
     Raises ConfigError that names the key and says what to change.
     """
-    cfg = _resolve(cfg)
+    cfg = resolved(cfg)
     check_keys(cfg)
+    return parse_known(translate(cfg))
+
+
+def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
+    """`parse_config` for a resolved configuration whose keys are checked and translated."""
     root = Section(cfg)
     trainer, model = root.section("trainer"), root.section("model")
     loop = _loop(trainer.section("spin"), root.section("exp_manager"))
@@ -66,7 +77,8 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
     if global_batch_size % per_step:
         raise ConfigError(
             f"model.global_batch_size = {global_batch_size} is not divisible by micro_batch_size {micro_batch_size} x "
-            f"data-parallel size {parallel.data_parallel_size}: use a multiple of {per_step}."
+            f"data-parallel size {parallel.data_parallel_size}: use a multiple of {per_step}.",
+            "model.global_batch_size",
         )
     experiment = root.section("exp_manager")
     _check_experiment(experiment)
@@ -76,7 +88,8 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
     if spin.held_out_rollouts and validation.get("file_path") is None:
         raise ConfigError(
             f"model.spin.held_out_rollouts = {spin.held_out_rollouts}, but model.data.validation_ds.file_path is null: "
-            "name the held-out data, or set held_out_rollouts=0."
+            "name the held-out data, or set held_out_rollouts=0.",
+            "model.spin.held_out_rollouts",
         )
     return SpinConfig(
         loop=loop,
@@ -84,7 +97,7 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
         parallel=parallel,
         optim=_optim(model.section("optim"), loop.max_iterations),
         train_ds=_dataset(data.section("train_ds"), data, shuffle=True),
-        validation_ds=_dataset(validation, data, shuffle=False) if validation.get("file_path") is not None else None,
+        validation_ds=_validation(validation, data),
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         encoder_seq_length=model.optional_integer("encoder_seq_length", minimum=2),
@@ -98,17 +111,19 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
 
 
 def with_defaults(cfg: Mapping[str, Any]) -> DictConfig:
-    """The configuration with the one key that NeMo-Aligner's refer to without having it."""
-    return OmegaConf.merge({"model": {"encoder_seq_length": None}}, OmegaConf.create(cfg))
+    """The configuration with the keys that NeMo-Aligner's refer to without having them."""
+    absent = ("encoder_seq_length", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+    return OmegaConf.merge({"model": dict.fromkeys(absent)}, OmegaConf.create(cfg))
 
 
-def _resolve(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as plain mappings, with what its interpolations come to. Raises ConfigError."""
     register_resolvers()
     try:
         return OmegaConf.to_container(with_defaults(cfg), resolve=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0]}", key) from error
 
 
 def _check_experiment(section: Section) -> None:
@@ -127,6 +142,9 @@ def _checkpoint(section: Section, has_held_out_rollouts: bool) -> CheckpointConf
         mode=section.choice("mode", ("min", "max"), _MONITORS[monitor]),
         save_top_k=section.integer("save_top_k", 0, minimum=-1),
         save_nemo_on_train_end=section.flag("save_nemo_on_train_end", True),
+        save_nemo2_on_train_end=section.flag("save_nemo2_on_train_end", False),
+        save_megatron_on_train_end=section.flag("save_megatron_on_train_end", False),
+        save_hf_on_train_end=section.flag("save_hf_on_train_end", False),
     )
 
 
@@ -175,7 +193,8 @@ def _parallel(trainer: Section, model: Section) -> ParallelConfig:
         raise ConfigError(
             f"trainer.devices x trainer.num_nodes = {parallel.world_size} processes cannot be laid out as "
             f"model.tensor_model_parallel_size {tensor} x model.pipeline_model_parallel_size "
-            f"{parallel.pipeline_model_parallel_size}: use a multiple of {model_parallel}."
+            f"{parallel.pipeline_model_parallel_size}: use a multiple of {model_parallel}.",
+            "trainer.devices",
         )
     return parallel
 
@@ -258,6 +277,13 @@ def _optim(section: Section, max_iterations: int) -> OptimConfig:
     )
 
 
+def _validation(section: Section, data: Section) -> DatasetConfig | None:
+    if section.is_to_be_given("file_path"):
+        path = section.path_of("file_path")
+        raise MissingKeyError(f"{path} is missing: set it, or set it to null for no validation.", path)
+    return None if section.get("file_path") is None else _dataset(section, data, shuffle=False)
+
+
 def _dataset(section: Section, data: Section, shuffle: bool) -> DatasetConfig:
     if section.flag("add_sep", False):
         raise section.error("add_sep", "only false is supported")
@@ -270,7 +296,7 @@ def _dataset(section: Section, data: Section, shuffle: bool) -> DatasetConfig:
         add_eos=section.flag("add_eos", True),
         max_seq_length=section.optional_integer("max_seq_length", minimum=2),
         shuffle=section.flag("shuffle", shuffle),
-        overlong=section.choice("overlong", OVERLONG, "refuse"),
+        overlong=section.choice("overlong", OVERLONG, None) or "refuse",
         truncation_field=section.text("truncation_field", None),
         truncation_method=section.choice("truncation_method", TRUNCATION_METHODS, "right"),
         on_bad_record=section.choice("on_bad_record", ON_BAD_RECORD, "error"),
@@ -278,14 +304,16 @@ def _dataset(section: Section, data: Section, shuffle: bool) -> DatasetConfig:
         chat_prompt_tokens=_chat_prompt_tokens(data.section("chat_prompt_tokens")),
         cache_dir=data.text("cache_dir", None),
     )
+    wrong = "prompt_template"
     try:
         check_template(dataset.prompt_template, dataset.label_key)
         if dataset.overlong == "truncate":
+            wrong = "truncation_field" if dataset.truncation_field else "overlong"
             if dataset.truncation_field is None:
                 raise ConfigError("overlong: truncate needs a truncation_field, the field that may be cut.")
             check_truncation_field(dataset.truncation_field, dataset.prompt_template, dataset.label_key)
     except ConfigError as error:
-        raise ConfigError(f"{section.name}: {error}") from None
+        raise ConfigError(f"{section.name}: {error}", section.path_of(wrong)) from None
     return dataset
 
 

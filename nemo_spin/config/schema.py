@@ -232,13 +232,17 @@ class CheckpointConfig:
 
     monitor, mode: metric by which checkpoints are best, and whether "min" or "max" of it is.
     save_top_k: so many of the best within iterations stay, beside the newest and each iteration's last; -1 for all.
-    save_nemo_on_train_end: write the trained policy as a `.nemo`.
+    save_nemo_on_train_end, save_nemo2_on_train_end, save_megatron_on_train_end, save_hf_on_train_end: write the trained
+        policy as a `.nemo`, a NeMo 2 directory, a Megatron torch_dist directory, a Hugging Face directory.
     """
 
     monitor: str
     mode: str
     save_top_k: int
     save_nemo_on_train_end: bool
+    save_nemo2_on_train_end: bool
+    save_megatron_on_train_end: bool
+    save_hf_on_train_end: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemo_spin.errors import ConfigError
+from nemo_spin.errors import ConfigError, MissingKeyError
 
-_MISSING = "???"  # hydra's mark of a value that has to be given
+MISSING = "???"  # hydra's mark of a value that has to be given
 _REQUIRED: Any = object()
 
 
@@ -20,19 +21,23 @@ class Section:
         self._values = values
 
     def section(self, key: str) -> Section:
-        return Section(self._values.get(key) or {}, self._path(key))
+        return Section(self._values.get(key) or {}, self.path_of(key))
 
     def get(self, key: str, default: Any = None) -> Any:
         """The raw value, or the default."""
         value = self._values.get(key)
-        if value is None or value == _MISSING:
+        if value is None or value == MISSING:
             if default is _REQUIRED:
-                raise ConfigError(f"{self._path(key)} is missing: set it.")
+                raise MissingKeyError(f"{self.path_of(key)} is missing: set it.", self.path_of(key))
             return default
         return value
 
+    def is_to_be_given(self, key: str) -> bool:
+        return self._values.get(key) == MISSING
+
     def error(self, key: str, what_to_do: str) -> ConfigError:
-        return ConfigError(f"{self._path(key)} = {self._values.get(key)!r}: {what_to_do}.")
+        path = self.path_of(key)
+        return ConfigError(f"{path} = {self._values.get(key)!r}: {what_to_do}.", path)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
@@ -130,8 +135,13 @@ class Section:
             raise self.error(key, "use one of " + ", ".join(options))
         return None
 
-    def _path(self, key: str) -> str:
+    def path_of(self, key: str) -> str:
         return f"{self.name}.{key}" if self.name else key
+
+
+def in_words(value: Any) -> str:
+    """A value as it stands in YAML: true, null, [1, 2]."""
+    return value if isinstance(value, str) and value.isprintable() and value else json.dumps(value, default=str)
 
 
 def _is_integer(value: Any) -> bool:

@@ -1,0 +1,132 @@
+"""What becomes of each key of a configuration: it is honoured, translated, of no effect, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_spin.config.keys import KEYS, problems
+from nemo_spin.config.translate import TRANSLATED, put, translate, translations, without_effect
+from nemo_spin.config.unread import UNREAD, at
+from nemo_spin.config.values import MISSING, in_words
+from nemo_spin.errors import ConfigError, MissingKeyError
+
+HONOURED, TRANSLATED_TO, NO_EFFECT, REFUSED = VERDICTS = ("honoured", "translated", "no effect", "refused")
+_SIZES = ("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What becomes of a key.
+
+    verdict: one of `VERDICTS`. A run says nothing of what is honoured, notes what is translated or of no effect, and
+        does not begin if something is refused.
+    says: what is so instead, or why; empty where a key just means what it says.
+    """
+
+    key: str
+    value: Any
+    verdict: str
+    says: str
+
+
+def verdicts(cfg: Mapping[str, Any]) -> list[Verdict]:
+    """One for each key of a resolved configuration, in its order; values are not checked but those of unread keys."""
+    wrong = {error.key: str(error) for error in problems(cfg)}
+    translated = {found.key: f"{found.target} = {in_words(found.becomes)}" for found in translations(cfg)}
+    idle = without_effect(cfg)
+
+    def verdict_on(key: str, value: Any) -> Verdict:
+        if key in wrong:
+            return Verdict(key, value, REFUSED, wrong[key])
+        if key in translated:
+            return Verdict(key, value, TRANSLATED_TO, translated[key])
+        if key in idle:
+            return Verdict(key, value, NO_EFFECT, idle[key])
+        if key in UNREAD:
+            return Verdict(key, value, UNREAD[key].verdict(value, cfg), UNREAD[key].reason)
+        if key in TRANSLATED and value is not None:
+            return Verdict(key, value, HONOURED, f"{TRANSLATED[key]} is the same")
+        return Verdict(key, value, HONOURED, "")
+
+    return [verdict_on(key, value) for key, value in _keys(cfg)]
+
+
+def notices(cfg: Mapping[str, Any]) -> list[str]:
+    """What a run should say of its resolved configuration when it begins, a line each: the keys that are translated or
+    of no effect, those with the same reason together."""
+    lines, reasons = [], {}
+    for found in verdicts(cfg):
+        given = f"{found.key} = {in_words(found.value)}"
+        if found.verdict == TRANSLATED_TO:
+            lines.append(f"{given} is taken as {found.says}")
+        elif found.verdict == NO_EFFECT:
+            reasons.setdefault(found.says, []).append(given)
+    for reason, given in reasons.items():
+        lines.append(f"{_listed(given)} {'has' if len(given) == 1 else 'have'} no effect: {reason}")
+    if not_given := [key for key in _SIZES if at(cfg, key) is None]:
+        verb = "is" if len(not_given) == 1 else "are"
+        lines.append(f"{_listed(not_given)} {verb} not given: 1 is taken, whatever the checkpoint was trained with")
+    return lines
+
+
+def refusals(
+    cfg: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], object], defaults: Mapping[str, Any]
+) -> tuple[list[ConfigError], list[MissingKeyError]]:
+    """Everything for which a resolved configuration is refused, and what it lacks, where `parse` raises the first only.
+
+    A key that is wrong is replaced by its default, one that is missing by a text, and then the rest is looked at.
+    """
+    rest = deepcopy(dict(cfg))
+    wrong = list(problems(rest))
+    for error in wrong:
+        _remove(rest, error.key)
+    sources = {found.target: found.key for found in translations(rest)}
+    rest = translate(rest)
+    missing: list[MissingKeyError] = []
+    seen: set[str | None] = set()
+    while True:
+        try:
+            parse(rest)
+        except ConfigError as error:
+            key = error.key
+            if key in seen:
+                return wrong, missing
+            (missing if isinstance(error, MissingKeyError) else wrong).append(error)
+            if key is None:
+                return wrong, missing
+            seen.add(key)
+            default = at(defaults, key)
+            if default is None and isinstance(error, MissingKeyError):
+                default = "(to be given)"
+            put(rest, key, default)
+            error.key = sources.get(key, key)
+        else:
+            return wrong, missing
+
+
+def _keys(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Full keys with values: of the sections of `KEYS` each key, of other mappings (a logger's) only their name."""
+
+    def below(section: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            key = f"{section}.{name}".lstrip(".")
+            if key in KEYS and isinstance(value, Mapping):
+                yield from below(key, value)
+            elif value is not None or key not in KEYS:
+                yield key, None if isinstance(value, str) and value == MISSING else value
+
+    return below("", cfg)
+
+
+def _remove(cfg: dict[str, Any], key: str | None) -> None:
+    section, _, name = (key or "").rpartition(".")
+    node = at(cfg, section) if section else cfg
+    if isinstance(node, dict):
+        node.pop(name, None)
+
+
+def _listed(texts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
