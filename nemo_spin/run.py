@@ -11,7 +11,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_spin import experiment
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
-from nemo_spin.config import DatasetConfig, SpinConfig, parse_config
+from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, UserError
@@ -46,6 +46,7 @@ class Inputs:
 def preflight(cfg: DictConfig) -> Inputs:
     """Read configuration, the checkpoint's description and the data; load no weights, write nothing.
 
+    cfg gets the length and the layout that it leaves open, so that what refers to them has a value.
     Raises UserError for the first thing that cannot be used.
     """
     spin = parse_config(cfg)
@@ -63,6 +64,11 @@ def preflight(cfg: DictConfig) -> Inputs:
         parallel.sequence_parallel,
     )
     context_length = spin.encoder_seq_length or architecture.max_sequence_length
+    with open_dict(cfg):
+        cfg.model.encoder_seq_length = context_length
+        cfg.model.tensor_model_parallel_size = parallel.tensor_model_parallel_size
+        cfg.model.pipeline_model_parallel_size = parallel.pipeline_model_parallel_size
+    spin = parse_config(cfg)
     if architecture.position_embedding_type == "learned_absolute" and context_length > architecture.max_sequence_length:
         raise ConfigError(
             f"model.encoder_seq_length {context_length} is more than the {architecture.max_sequence_length} positions "
@@ -106,6 +112,7 @@ def train(cfg: DictConfig) -> Path | None:
 
     Returns the path of the resulting `.nemo`, or None if none was asked for.
     """
+    notes = notices(resolved(cfg))
     inputs = preflight(cfg)
     spin = inputs.cfg
     time_limit = TimeLimit(spin.loop.max_seconds)
@@ -115,6 +122,8 @@ def train(cfg: DictConfig) -> Path | None:
     succeeded = False
     try:
         reporter = Reporter(is_main(), log)
+        for note in notes:
+            reporter.say(f"note: {note}")
         reporter.say(f"Layout: {parallel}; {inputs.memory}")
         for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
             for report in dataset.reports:

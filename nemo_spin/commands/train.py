@@ -41,7 +41,7 @@ def run_hydra(hydra_main: Callable[[], None], argv: list[str]) -> int:
     """
     from hydra.errors import HydraException
 
-    from nemo_spin.config import check_overrides, register_resolvers
+    from nemo_spin.config import addable_overrides, check_overrides, register_resolvers, with_shipped_configurations
     from nemo_spin.errors import ConfigError
     from nemo_spin.launch import guarded
 
@@ -50,7 +50,8 @@ def run_hydra(hydra_main: Callable[[], None], argv: list[str]) -> int:
         register_resolvers()
         # otherwise hydra cuts the traceback of an error that is ours to a line, and exits
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-        sys.argv = _with_absolute_config_path(argv)
+        arguments = with_shipped_configurations(addable_overrides(_with_absolute_config_path(argv[1:])))
+        sys.argv = [argv[0], *arguments]
         try:
             hydra_main()
         except HydraException as error:
@@ -87,11 +88,11 @@ def _hydra_main() -> None:
     hydra_runner(config_path=str(config_dir()), config_name="gpt_spin")(run_training)()
 
 
-def _with_absolute_config_path(argv: list[str]) -> list[str]:
+def _with_absolute_config_path(arguments: list[str]) -> list[str]:
     """Hydra looks a relative path up beside the script; here a directory in the working directory comes first."""
     made_absolute = []
     follows = False
-    for argument in argv:
+    for argument in arguments:
         prefix, path = ("", argument) if follows else ("--config-path=", argument.removeprefix("--config-path="))
         follows = argument in ("--config-path", "-cp")
         if (prefix == "" or path != argument) and Path(path).is_dir():

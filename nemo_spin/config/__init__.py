@@ -8,9 +8,8 @@ Everything that can be refused without opening a file is refused by `parse_confi
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from nemo_spin.config.overrides import addable_overrides, check_overrides
+from nemo_spin.config.files import config_dir
+from nemo_spin.config.overrides import addable_overrides, check_overrides, with_shipped_configurations
 from nemo_spin.config.parse import LOGGERS, parse_config, parse_sampling, register_resolvers, resolved, with_defaults
 from nemo_spin.config.review import notices
 from nemo_spin.config.schema import (
@@ -51,11 +50,5 @@ __all__ = [
     "register_resolvers",
     "resolved",
     "with_defaults",
+    "with_shipped_configurations",
 ]
-
-
-def config_dir() -> Path:
-    """The directory with the shipped YAML files: `conf/` of the source tree, or its copy in an installed package."""
-    package = Path(__file__).resolve().parents[1]
-    in_source_tree = package.parent / "conf"
-    return in_source_tree if (in_source_tree / "gpt_spin.yaml").is_file() else package / "conf"

@@ -86,7 +86,8 @@ def problems(cfg: Mapping[str, Any]) -> Iterator[ConfigError]:
         try:
             values = _section(cfg, section)
         except ConfigError as error:
-            yield error
+            if error.key == section:  # otherwise it was said of the section around it
+                yield error
             continue
         for name, value in values.items():
             key = f"{section}.{name}".lstrip(".")
@@ -104,12 +105,14 @@ def check_keys(cfg: Mapping[str, Any]) -> None:
 
 def _section(cfg: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     node: Any = cfg
-    for key in filter(None, section.split(".")):
-        node = node.get(key)
+    path = ""
+    for name in filter(None, section.split(".")):
+        path = f"{path}.{name}".lstrip(".")
+        node = node.get(name)
         if node is None:
             return {}
         if not isinstance(node, Mapping):
-            raise ConfigError(f"{section} = {node!r} must be a mapping of keys to values.", section)
+            raise ConfigError(f"{path} = {node!r} must be a mapping of keys to values.", path)
     return node
 
 

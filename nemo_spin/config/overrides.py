@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from nemo_spin.config.files import config_dir
 from nemo_spin.config.keys import KEYS, is_known, unknown
 
 
@@ -22,7 +23,7 @@ def check_overrides(argv: Iterable[str]) -> None:
 
 
 def addable_overrides(argv: Sequence[str]) -> list[str]:
-    """The arguments, with known keys overridden by hydra's ++, which sets a key whether the configuration has it or not.
+    """The arguments, with known keys overridden by hydra's ++, which sets a key that the configuration lacks too.
 
     So the keys of NeMo-Aligner's configuration can be set where ours lacks them, and the other way round, however they
     are written: `key=`, `+key=` or `++key=`. The arguments have passed `check_overrides`.
@@ -31,6 +32,13 @@ def addable_overrides(argv: Sequence[str]) -> list[str]:
         f"++{argument.lstrip('+')}" if _key_of(argument) and not argument.startswith("~") else argument
         for argument in argv
     ]
+
+
+def with_shipped_configurations(argv: Sequence[str]) -> list[str]:
+    """The arguments, with the shipped files where hydra looks for what a file's `defaults` name."""
+    if any(argument.lstrip("+").startswith("hydra.searchpath=") for argument in argv):
+        return list(argv)
+    return [*argv, f"hydra.searchpath=['file://{config_dir()}']"]
 
 
 def _key_of(argument: str) -> str:

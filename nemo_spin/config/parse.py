@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_spin.config.keys import check_keys
+from nemo_spin.config.parse_data import parse_dataset, parse_tokenizer, parse_validation
 from nemo_spin.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
-    DatasetConfig,
     LengthParams,
     LoopConfig,
     OptimConfig,
@@ -23,14 +22,10 @@ from nemo_spin.config.schema import (
     SamplingParams,
     SchedConfig,
     SpinConfig,
-    TokenizerConfig,
 )
 from nemo_spin.config.translate import translate
 from nemo_spin.config.values import Section
-from nemo_spin.data.conversations import ChatPromptTokens
-from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
-from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE, check_template, check_truncation_field
-from nemo_spin.errors import ConfigError, MissingKeyError
+from nemo_spin.errors import ConfigError
 
 _PRECISIONS = {
     **dict.fromkeys(("32", "32-true", "fp32"), "32"),
@@ -83,9 +78,8 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
     experiment = root.section("exp_manager")
     _check_experiment(experiment)
     data = model.section("data")
-    validation = data.section("validation_ds")
     spin = _algorithm(model.section("spin"), loop.max_iterations, global_batch_size)
-    if spin.held_out_rollouts and validation.get("file_path") is None:
+    if spin.held_out_rollouts and data.section("validation_ds").get("file_path") is None:
         raise ConfigError(
             f"model.spin.held_out_rollouts = {spin.held_out_rollouts}, but model.data.validation_ds.file_path is null: "
             "name the held-out data, or set held_out_rollouts=0.",
@@ -96,15 +90,15 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
         spin=spin,
         parallel=parallel,
         optim=_optim(model.section("optim"), loop.max_iterations),
-        train_ds=_dataset(data.section("train_ds"), data, shuffle=True),
-        validation_ds=_validation(validation, data),
+        train_ds=parse_dataset(data.section("train_ds"), data, shuffle=True),
+        validation_ds=parse_validation(data),
         micro_batch_size=micro_batch_size,
         global_batch_size=global_batch_size,
         encoder_seq_length=model.optional_integer("encoder_seq_length", minimum=2),
         seed=model.integer("seed", 1234, minimum=0),
         precision=_precision(trainer),
         restore_from_path=root.section("pretrained_checkpoint").path("restore_from_path"),
-        tokenizer=_tokenizer(model.section("tokenizer")),
+        tokenizer=parse_tokenizer(model.section("tokenizer")),
         recompute=_recompute(model),
         checkpoint=_checkpoint(experiment.section("checkpoint_callback_params"), spin.held_out_rollouts > 0),
     )
@@ -275,68 +269,6 @@ def _optim(section: Section, max_iterations: int) -> OptimConfig:
             min_lr=min_lr,
         ),
     )
-
-
-def _validation(section: Section, data: Section) -> DatasetConfig | None:
-    if section.is_to_be_given("file_path"):
-        path = section.path_of("file_path")
-        raise MissingKeyError(f"{path} is missing: set it, or set it to null for no validation.", path)
-    return None if section.get("file_path") is None else _dataset(section, data, shuffle=False)
-
-
-def _dataset(section: Section, data: Section, shuffle: bool) -> DatasetConfig:
-    if section.flag("add_sep", False):
-        raise section.error("add_sep", "only false is supported")
-    file_path = section.paths("file_path")
-    dataset = DatasetConfig(
-        file_path=file_path,
-        prompt_template=section.text("prompt_template", DEFAULT_TEMPLATE),
-        label_key=section.text("label_key", DEFAULT_LABEL_KEY),
-        add_bos=section.flag("add_bos", False),
-        add_eos=section.flag("add_eos", True),
-        max_seq_length=section.optional_integer("max_seq_length", minimum=2),
-        shuffle=section.flag("shuffle", shuffle),
-        overlong=section.choice("overlong", OVERLONG, None) or "refuse",
-        truncation_field=section.text("truncation_field", None),
-        truncation_method=section.choice("truncation_method", TRUNCATION_METHODS, "right"),
-        on_bad_record=section.choice("on_bad_record", ON_BAD_RECORD, "error"),
-        weights=_weights(section, len(file_path)),
-        chat_prompt_tokens=_chat_prompt_tokens(data.section("chat_prompt_tokens")),
-        cache_dir=data.text("cache_dir", None),
-    )
-    wrong = "prompt_template"
-    try:
-        check_template(dataset.prompt_template, dataset.label_key)
-        if dataset.overlong == "truncate":
-            wrong = "truncation_field" if dataset.truncation_field else "overlong"
-            if dataset.truncation_field is None:
-                raise ConfigError("overlong: truncate needs a truncation_field, the field that may be cut.")
-            check_truncation_field(dataset.truncation_field, dataset.prompt_template, dataset.label_key)
-    except ConfigError as error:
-        raise ConfigError(f"{section.name}: {error}", section.path_of(wrong)) from None
-    return dataset
-
-
-def _weights(section: Section, num_files: int) -> tuple[float, ...] | None:
-    if section.get("weights") is None:
-        return None
-    weights = section.numbers("weights", ())
-    if len(weights) != num_files or not all(weight > 0 for weight in weights):
-        raise section.error(
-            "weights", f"give a number above 0 for each file of file_path, of which there are {num_files}"
-        )
-    return weights
-
-
-def _chat_prompt_tokens(section: Section) -> ChatPromptTokens:
-    names = [part.name for part in fields(ChatPromptTokens)]
-    return ChatPromptTokens(**{name: section.text(name, getattr(ChatPromptTokens(), name)) for name in names})
-
-
-def _tokenizer(section: Section) -> TokenizerConfig | None:
-    library = section.choice("library", ("huggingface", "sentencepiece"), None)
-    kind, model = section.text("type", None), section.text("model", None)
-    return TokenizerConfig(library, kind, model) if library or kind or model else None
 
 
 def _recompute(model: Section) -> RecomputeConfig:

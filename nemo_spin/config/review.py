@@ -1,4 +1,4 @@
-"""What becomes of each key of a configuration: it is honoured, translated, of no effect, or refused."""
+"""What becomes of each key of a configuration: honoured, translated, of no effect, to be given yet, or refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ from nemo_spin.config.unread import UNREAD, at
 from nemo_spin.config.values import MISSING, in_words
 from nemo_spin.errors import ConfigError, MissingKeyError
 
-HONOURED, TRANSLATED_TO, NO_EFFECT, REFUSED = VERDICTS = ("honoured", "translated", "no effect", "refused")
+HONOURED, TRANSLATED_TO, NO_EFFECT, TO_BE_GIVEN, REFUSED = VERDICTS = (
+    "honoured",
+    "translated",
+    "no effect",
+    "to be given",
+    "refused",
+)
 _SIZES = ("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size")
+_LAYOUT = (*_SIZES, "trainer.devices", "trainer.num_nodes", "model.micro_batch_size")
+_LAYOUT_ERRORS = ("trainer.devices", "model.global_batch_size")
+# where a default would not do: the peak learning rate must not be below the least
+_STAND_INS = {"model.optim.lr": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +32,7 @@ class Verdict:
     """What becomes of a key.
 
     verdict: one of `VERDICTS`. A run says nothing of what is honoured, notes what is translated or of no effect, and
-        does not begin if something is refused.
+        does not begin while something is refused or to be given.
     says: what is so instead, or why; empty where a key just means what it says.
     """
 
@@ -45,7 +55,7 @@ def verdicts(cfg: Mapping[str, Any]) -> list[Verdict]:
             return Verdict(key, value, TRANSLATED_TO, translated[key])
         if key in idle:
             return Verdict(key, value, NO_EFFECT, idle[key])
-        if key in UNREAD:
+        if key in UNREAD and value is not None:
             return Verdict(key, value, UNREAD[key].verdict(value, cfg), UNREAD[key].reason)
         if key in TRANSLATED and value is not None:
             return Verdict(key, value, HONOURED, f"{TRANSLATED[key]} is the same")
@@ -66,10 +76,15 @@ def notices(cfg: Mapping[str, Any]) -> list[str]:
             reasons.setdefault(found.says, []).append(given)
     for reason, given in reasons.items():
         lines.append(f"{_listed(given)} {'has' if len(given) == 1 else 'have'} no effect: {reason}")
-    if not_given := [key for key in _SIZES if at(cfg, key) is None]:
-        verb = "is" if len(not_given) == 1 else "are"
-        lines.append(f"{_listed(not_given)} {verb} not given: 1 is taken, whatever the checkpoint was trained with")
-    return lines
+    return lines + sizes_not_given(cfg)
+
+
+def sizes_not_given(cfg: Mapping[str, Any]) -> list[str]:
+    """A line if the layout is left open: NeMo-Aligner then takes the checkpoint's."""
+    sizes = [key for key in _SIZES if at(cfg, key) is None]
+    verb = "is" if len(sizes) == 1 else "are"
+    taken = "not given: 1 is taken, whatever layout the checkpoint was trained with"
+    return [f"{_listed(sizes)} {verb} {taken}"] if sizes else []
 
 
 def refusals(
@@ -77,7 +92,8 @@ def refusals(
 ) -> tuple[list[ConfigError], list[MissingKeyError]]:
     """Everything for which a resolved configuration is refused, and what it lacks, where `parse` raises the first only.
 
-    A key that is wrong is replaced by its default, one that is missing by a text, and then the rest is looked at.
+    A key that is wrong is replaced by its default, one that is missing by a text, and then the rest is looked at, as
+    far as that goes.
     """
     rest = deepcopy(dict(cfg))
     wrong = list(problems(rest))
@@ -86,22 +102,23 @@ def refusals(
     sources = {found.target: found.key for found in translations(rest)}
     rest = translate(rest)
     missing: list[MissingKeyError] = []
-    seen: set[str | None] = set()
+    tried: list[str] = []
     while True:
         try:
             parse(rest)
         except ConfigError as error:
             key = error.key
-            if key in seen:
+            times = tried.count(key)
+            if times == 0:
+                (missing if isinstance(error, MissingKeyError) else wrong).append(error)
+            if key is None or times == 2:
                 return wrong, missing
-            (missing if isinstance(error, MissingKeyError) else wrong).append(error)
-            if key is None:
-                return wrong, missing
-            seen.add(key)
-            default = at(defaults, key)
-            if default is None and isinstance(error, MissingKeyError):
-                default = "(to be given)"
-            put(rest, key, default)
+            tried.append(key)
+            if key in _LAYOUT_ERRORS:
+                for size in _LAYOUT:
+                    put(rest, size, 1)
+            stand_in = _STAND_INS.get(key, at(defaults, key)) if times == 0 else None
+            put(rest, key, "(to be given)" if stand_in is None and isinstance(error, MissingKeyError) else stand_in)
             error.key = sources.get(key, key)
         else:
             return wrong, missing
@@ -115,7 +132,7 @@ def _keys(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             key = f"{section}.{name}".lstrip(".")
             if key in KEYS and isinstance(value, Mapping):
                 yield from below(key, value)
-            elif value is not None or key not in KEYS:
+            else:
                 yield key, None if isinstance(value, str) and value == MISSING else value
 
     return below("", cfg)

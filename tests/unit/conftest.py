@@ -5,7 +5,14 @@ from collections.abc import Callable
 import pytest
 from hydra import compose, initialize_config_dir
 
-from nemo_spin.config import SpinConfig, check_overrides, config_dir, parse_config, register_resolvers
+from nemo_spin.config import (
+    SpinConfig,
+    addable_overrides,
+    check_overrides,
+    config_dir,
+    parse_config,
+    register_resolvers,
+)
 
 # What a command of the documentation may leave to the reader.
 GIVEN = {
@@ -33,6 +40,6 @@ def configured() -> Callable[[list[str]], SpinConfig]:
         overrides += [f"{key}={value}" for key, value in GIVEN.items() if key not in given]
         register_resolvers()
         with initialize_config_dir(str(config_dir()), version_base=None):
-            return parse_config(compose(names[-1], overrides))
+            return parse_config(compose(names[-1], addable_overrides(overrides)))
 
     return configured

@@ -59,43 +59,6 @@ def test_every_key_of_the_shipped_file_is_known_and_explained() -> None:
         assert [key for key in leaves if "#" not in lines[key]] == []
 
 
-def test_a_configuration_of_nemo_aligner_is_taken_as_it_is() -> None:
-    """Its layout, with what its users leave as shipped; the values are this test's own."""
-    text = """
-    trainer: {num_nodes: 1, devices: 8, accelerator: gpu, precision: bf16-mixed, logger: false, max_time: null,
-              enable_checkpointing: false, use_distributed_sampler: false,
-              max_epochs: "${.spin.max_epochs}", max_steps: "${.spin.max_steps}",
-              spin: {max_iterations: 2, max_epochs: 1, max_steps: -1, val_check_interval: 0.1, save_interval: 50,
-                     limit_train_batches: null, limit_val_batches: 1.0, gradient_clip_val: 1.0}}
-    exp_manager: {explicit_log_dir: /r, name: n, max_time_per_run: "${trainer.max_time}", resume_if_exists: true,
-                  create_checkpoint_callback: true, checkpoint_callback_params: {monitor: val_loss, mode: min,
-                  save_top_k: 3, model_parallel_size: "${multiply:${model.tensor_model_parallel_size}, 2}"}}
-    pretrained_checkpoint: {restore_from_path: /m.nemo}
-    model:
-      mcore_gpt: true
-      megatron_amp_O2: true
-      tensor_model_parallel_size: 4
-      micro_batch_size: 1
-      global_batch_size: 64
-      spin: {ref_policy_kl_penalty: [0.1, 0.5], log_prob_forward_micro_batch_size: 1, offload_adam_states: true,
-             sampling_params: {add_BOS: false, all_probs: false, compute_logprob: false, end_strings: ["<end>"]},
-             length_params: {max_length: "${int_div:${model.encoder_seq_length}, 2}", min_length: 1}}
-      optim: {name: distributed_fused_adam, bucket_cap_mb: 200, lr: 9e-6, betas: [0.9, 0.98]}
-      data:
-        chat: false
-        num_workers: 1
-        train_ds: {file_path: t.jsonl, hf_dataset: true, truncation_field: input, drop_last: true, add_sep: false}
-        validation_ds: {file_path: v.jsonl, global_batch_size: "${model.global_batch_size}"}
-    precision: ${trainer.precision}
-    """
-    cfg = parse_config(OmegaConf.create(text))
-    assert cfg.parallel.data_parallel_size == 2 and cfg.optim.distributed
-    assert cfg.spin.ref_policy_kl_penalty == (0.1, 0.5) and cfg.optim.lr == (9e-6, 9e-6)
-    assert cfg.spin.length_params.max_length == 0, "the model's context, where encoder_seq_length is not set"
-    assert cfg.loop.limit_train_batches == 1.0 and cfg.loop.val_check_interval == 0.1
-    assert cfg.validation_ds is not None and not cfg.validation_ds.shuffle
-
-
 def test_resolvers_and_plain_mappings() -> None:
     register_resolvers()
     cfg = shipped(model__encoder_seq_length=101)
@@ -112,7 +75,7 @@ def test_resolvers_and_plain_mappings() -> None:
         ({"trainer__spin__max_iteration": 2}, "unknown key trainer.spin.max_iteration: .*trainer.spin.max_iterations"),
         ({"model__spin__rollout_batchsize": 2}, "rollout_batchsize: .*model.spin.rollout_batch_size"),
         ({"model__spin__max_iterations": 2}, "did you mean trainer.spin.max_iterations"),
-        ({"model__spin__generation_batch_size": 2}, "use model.spin.rollout_batch_size"),
+        ({"model__spin__num_rollout_samples": 2}, "use model.spin.rollout_window"),
         ({"model__spin__sampling_params__topk": 2}, "did you mean model.spin.sampling_params.top_k"),
         ({"model__hidden_size": 2}, "the architecture comes from the checkpoint"),
         ({"model__optim__sched__max_steps": 2}, "unknown key model.optim.sched.max_steps"),
@@ -144,8 +107,13 @@ def test_resolvers_and_plain_mappings() -> None:
             },
             "train_ds: truncation_field 'output' is not a field of the prompt: name some of input",
         ),
-        ({"model__data__validation_ds__global_batch_size": 3}, "model.global_batch_size is what counts"),
+        (
+            {"model__data__validation_ds__global_batch_size": 3, "trainer__spin__limit_val_batches": 2},
+            "validation_ds.global_batch_size = 3 is not supported, validation has batches of model.global_batch_size",
+        ),
+        ({"model__data__train_ds__global_batch_size": 3}, "model.global_batch_size is what counts"),
         # what is missing
+        ({"model__data__validation_ds__file_path": "???"}, "validation_ds.file_path is missing: .* null for no valid"),
         ({"pretrained_checkpoint__restore_from_path": None}, "pretrained_checkpoint.restore_from_path is missing"),
         ({"model__data__train_ds__file_path": "???"}, "model.data.train_ds.file_path is missing"),
         ({"model__global_batch_size": None}, "model.global_batch_size is missing"),
