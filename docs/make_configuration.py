@@ -3,7 +3,7 @@
     python docs/make_configuration.py
 
 Keys, defaults and explanations are the YAML's; types come from nemo_spin/config/schema.py, and what is accepted for
-NeMo-Aligner's sake from nemo_spin/config/keys.py.
+NeMo-Aligner's sake from nemo_spin/config/translate.py and unread.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from nemo_spin.config import config_dir, ignored_keys, schema
+from nemo_spin.config import config_dir, schema
 from nemo_spin.config.keys import KEYS
+from nemo_spin.config.translate import TRANSLATED
+from nemo_spin.config.unread import UNREAD
 
 PAGE = Path(__file__).resolve().parent / "configuration.md"
 
@@ -34,11 +36,17 @@ Lists are quoted for the shell, `'model.optim.lr=[5e-7,5e-7,1e-7]'`, and texts w
 too, `'model.data.train_ds.prompt_template="Q: {input} A: {output}"'`. `nemo-spin train --cfg job` prints the whole
 configuration. An unknown key is refused, and the nearest known one named.
 """
-IGNORED = """\
-## Keys of NeMo-Aligner that are not read
+ALIGNER = """\
+## Keys of NeMo-Aligner
 
-A configuration of NeMo-Aligner may keep these. They are accepted with the values given here, because the result is the
-same; with another value they are refused.
+A configuration of NeMo-Aligner's SPIN is taken as it is, file and overrides. Its keys are those above, those here, or
+refused with the reason. `nemo-spin doctor --config FILE` says which is which for a file of yours.
+
+These are translated, and a run says so when it begins:
+"""
+UNREAD_KEYS = """\
+These are not read. With the values in the second column, or null, the result is what they ask for. What becomes of
+other values is said in the third: they are noted when a run begins, or refused.
 """
 # keys without a default in the YAML, and what they are for
 WITHOUT_DEFAULT = {
@@ -141,7 +149,8 @@ def page(entries: list[Entry]) -> str:
         rows += [(f"`{name}`", "", "", WITHOUT_DEFAULT[name]) for name in further]
         prose = "".join(f"{text}\n\n" for text in section.comments)
         parts.append(f"## `{section.path}`\n\n{prose}{_table(('key', 'type', 'default', 'meaning'), rows)}")
-    return "\n".join([*parts, IGNORED, _table(("keys", "accepted", "because"), _ignored_rows())])
+    unread = _table(("keys", "fine", "other values are", "because"), _unread_rows())
+    return "\n".join([*parts, ALIGNER, _table(("key", "becomes"), _translated_rows()), UNREAD_KEYS, unread])
 
 
 def _without_comment(line: str) -> tuple[str, str | None]:
@@ -203,13 +212,23 @@ def _reference(key: Entry) -> str | None:
     return found[1] if found else None
 
 
-def _ignored_rows() -> Iterator[tuple[str, str, str]]:
-    """Keys that are accepted for the same reason share a row."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for key, accepted in ignored_keys().items():
-        groups.setdefault(accepted, []).append(f"`{key}`")
-    for (words, reason), keys in groups.items():
-        yield ", ".join(keys), words, reason
+def _translated_rows() -> Iterator[tuple[str, str]]:
+    for key, target in TRANSLATED.items():
+        yield f"`{key}`", f"`{target}`" + (", where that is null" if key == "trainer.max_time" else "")
+    for dataset in ("train_ds", "validation_ds"):
+        yield (
+            f"`model.data.{dataset}.truncation_field`",
+            f"`model.data.{dataset}.overlong: truncate` as well, where that is null and `model.data.chat` is not true",
+        )
+
+
+def _unread_rows() -> Iterator[tuple[str, ...]]:
+    """Keys for which the same is so share a row."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for key, unread in UNREAD.items():
+        groups.setdefault((unread.agrees.words, unread.refused.words, unread.reason), []).append(f"`{key}`")
+    for words, keys in groups.items():
+        yield ", ".join(keys), *words
 
 
 def _table(titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

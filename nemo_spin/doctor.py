@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_spin.config import addable_overrides, config_dir, resolved, with_defaults, with_shipped_configurations
 from nemo_spin.config.parse import parse_known
@@ -93,8 +95,8 @@ def _composed(path: Path, overrides: Sequence[str]) -> DictConfig:
                 path.name if path.suffix == ".yml" else path.stem,
                 with_shipped_configurations(addable_overrides(overrides)),
             )
-    except HydraException as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _resolved_as_far_as_possible(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:

@@ -39,6 +39,7 @@ def run_hydra(hydra_main: Callable[[], None], argv: list[str]) -> int:
 
     argv: the script's name and hydra's arguments; a relative --config-path is looked up in the working directory first.
     """
+    import yaml
     from hydra.errors import HydraException
 
     from nemo_spin.config import addable_overrides, check_overrides, register_resolvers, with_shipped_configurations
@@ -57,6 +58,8 @@ def run_hydra(hydra_main: Callable[[], None], argv: list[str]) -> int:
         except HydraException as error:
             override = getattr(error, "override", None)  # hydra does not always name it
             raise ConfigError(f"override {override!r}: {error}" if override else str(error)) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the configuration is not valid YAML: {error}") from error
 
     return guarded(command)
 

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -90,6 +92,42 @@ def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     for a, b in zip(one, two, strict=True):
         assert sum(a["token_logps"]) == pytest.approx(a["logp"])
         torch.testing.assert_close(torch.tensor(a["token_logps"]), torch.tensor(b["token_logps"]), rtol=1e-4, atol=1e-5)
+
+
+def test_nemo_aligners_configuration_trains_unchanged(inputs: Path, tmp_path: Path) -> None:
+    """Its file as it is; overrides of its own keys, written as its users write them, for a small model on a CPU."""
+    run_dir = tmp_path / "run"
+    done = run(
+        str(REPO / "examples" / "train_gpt_spin.py"),
+        f"--config-path={REPO / 'tests' / 'nemo_aligner'}",
+        "--config-name=gpt_spin",
+        f"pretrained_checkpoint.restore_from_path={inputs}/sft.nemo",
+        f"model.data.train_ds.file_path={inputs}/train.jsonl",
+        f"model.data.validation_ds.file_path={inputs}/train.jsonl",
+        f"exp_manager.explicit_log_dir={run_dir}",
+        "trainer.num_nodes=1",
+        "trainer.devices=2",
+        "++trainer.accelerator=cpu",
+        "trainer.precision=32",
+        "trainer.spin.max_iterations=2",
+        "+trainer.spin.max_steps=3",
+        "model.global_batch_size=8",
+        "model.data.train_ds.max_seq_length=64",
+        "++model.tensor_model_parallel_size=2",
+        "model.spin.rollout_micro_batch_size=4",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "checkpoints" / "megatron_gpt.nemo").is_file()
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == len(set(notes)) == 8
+    assert any("model.spin.rollout_micro_batch_size = 4 is taken as" in note for note in notes)
+    assert any("model.pipeline_model_parallel_size is not given" in note for note in notes)
+    ran = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["model"]
+    with tarfile.open(inputs / "sft.nemo") as archive:
+        (name,) = [name for name in archive.getnames() if name.endswith("model_config.yaml")]
+        length = yaml.safe_load(archive.extractfile(name))["encoder_seq_length"]
+    assert (ran["encoder_seq_length"], ran["spin"]["length_params"]["max_length"]) == (length, length // 2)
 
 
 def the_loggers_have_what_the_file_has(run_dir: Path) -> None:

@@ -8,8 +8,10 @@ from types import ModuleType
 
 import pytest
 
-from nemo_spin.config import config_dir, ignored_keys
+from nemo_spin.config import config_dir
 from nemo_spin.config.keys import KEYS
+from nemo_spin.config.translate import TRANSLATED
+from nemo_spin.config.unread import UNREAD
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -43,11 +45,14 @@ def test_every_key_is_explained(maker: ModuleType, yaml_text: str) -> None:
             assert path in entries or name in maker.WITHOUT_DEFAULT, f"{path} is on no page"
 
 
-def test_what_is_accepted_and_not_read_is_listed(maker: ModuleType, yaml_text: str) -> None:
-    rows = maker.page(maker.read(yaml_text)).partition(maker.IGNORED)[2].splitlines()
-    for key, (values, reason) in ignored_keys().items():
-        (row,) = [row for row in rows if f"`{key}`" in row]
-        assert values in row and reason in row
+def test_what_is_accepted_for_nemo_aligners_sake_is_listed(maker: ModuleType, yaml_text: str) -> None:
+    rows = maker.page(maker.read(yaml_text)).partition(maker.ALIGNER)[2].splitlines()
+    for key, unread in UNREAD.items():
+        (row,) = [row for row in rows if f"`{key}`" in row.partition(" | ")[0]]
+        assert unread.agrees.words in row and unread.refused.words in row and unread.reason in row
+    for key, target in TRANSLATED.items():
+        (row,) = [row for row in rows if row.startswith(f"| `{key}`")]
+        assert f"`{target}`" in row
 
 
 def test_comments_are_read_as_people_read_them(maker: ModuleType) -> None:
