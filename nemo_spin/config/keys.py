@@ -80,14 +80,13 @@ def is_known(key: str) -> bool:
 
 def problems(cfg: Mapping[str, Any]) -> Iterator[ConfigError]:
     """What is wrong with the keys of a resolved configuration: those that are unknown, and those of NeMo-Aligner whose
-    value asks for what is not done here.
+    value asks for what is not done here. One that concerns several sections comes several times.
     """
     for section in KEYS:
         try:
             values = _section(cfg, section)
         except ConfigError as error:
-            if error.key == section:  # otherwise it was said of the section around it
-                yield error
+            yield error
             continue
         for name, value in values.items():
             key = f"{section}.{name}".lstrip(".")

@@ -13,6 +13,7 @@ from nemo_spin import environment
 from nemo_spin.cli import main
 from nemo_spin.environment import components, state_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:In 'gpt_spin':UserWarning")  # hydra, of a file without _self_
 ALIGNERS = Path(__file__).resolve().parents[1] / "nemo_aligner" / "gpt_spin.yaml"
 
 
@@ -165,6 +166,10 @@ def test_a_file_that_builds_on_the_shipped_one(tmp_path: Path, capsys: pytest.Ca
     assert main(["doctor", "--config", str(mine), *given]) == 0
     out = capsys.readouterr().out
     assert "trainer.devices = 2" in out and out.endswith("A run would accept this configuration.\n")
+    mine.write_text("defaults: [gpt_spin, _self_]\nexp_manager: 3\n")
+    assert doctor(capsys, "--config", str(mine))[1]["config"]["refused"] == [
+        "exp_manager = 3 must be a mapping of keys to values."
+    ]
     for bad, says in {"[1": "mine.yaml", "- a": "mine.yaml"}.items():
         mine.write_text(bad)
         assert main(["doctor", "--config", str(mine)]) == 2
