@@ -44,24 +44,31 @@ UNSUPPORTED = {
 HARMLESS = frozenset(
     """
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split activation_func_fp8_input_store
-    apply_query_key_layer_scaling apply_rope_fusion attention_backend attention_dropout attention_softmax_in_fp32
-    autocast_dtype barrier_with_L1_time batch_invariant_mode bf16 bias_activation_fusion bias_dropout_fusion
-    calculate_per_token_loss clone_scatter_output_in_embedding config_logger_dir cp_comm_type cpu_offloading
-    data_step_fn deallocate_pipeline_outputs defer_embedding_wgrad_compute delay_wgrad_compute deterministic_mode
+    activation_offload_fraction apply_query_key_layer_scaling apply_rope_fusion attention_backend attention_dropout
+    attention_softmax_in_fp32 autocast_dtype barrier_with_L1_time batch_invariant_mode bf16 bias_activation_fusion
+    bias_dropout_fusion calculate_per_token_loss clone_scatter_output_in_embedding config_logger_dir cp_comm_type
+    cpu_offloading data_step_fn deallocate_pipeline_outputs defer_embedding_wgrad_compute
+    delay_offload_until_cuda_graph delay_wgrad_compute delta_offload_bytes_across_pp_ranks deterministic_mode
     disable_bf16_reduced_precision_matmul disable_parameter_transpose_cache distribute_saved_activations
-    embedding_init_method embedding_init_method_std enable_autocast external_cuda_graph finalize_model_grads_func
-    first_last_layers_bf16 flash_decode forward_step_fn fp16 fp16_lm_cross_entropy fp32_residual_connection
-    fused_single_qkv_rope generation_config grad_scale_func grad_sync_func gradient_accumulation_fusion
-    hetereogenous_dist_checkpoint hidden_dropout init_method init_method_std init_model_with_meta_device
-    log_max_attention_logit make_vocab_size_divisible_by masked_softmax_fusion memory_efficient_layer_norm
-    microbatch_group_size_per_vp_stage mlp_chunks_for_prefill mtp_loss_scaling_factor no_sync_func
-    num_layers_at_end_in_bf16 num_layers_at_start_in_bf16 num_layers_in_first_pipeline_stage
-    num_layers_in_last_pipeline_stage num_microbatches_with_partial_activation_checkpoints output_layer_init_method
-    parallel_output param_sync_func params_dtype perform_initialization persist_layer_norm pipeline_dtype
+    embedding_init_method embedding_init_method_std enable_autocast ep_overlap_early_attn_memory_release
+    experimental_attention_variant_loss_scale_func expert_gtp_weight_remat_size
+    expert_tensor_parallel_num_weight_shards external_cuda_graph finalize_model_grads_func first_last_layers_bf16
+    flash_attention_version flash_decode forward_step_fn fp16 fp16_lm_cross_entropy fp32_residual_connection
+    fused_residual_rmsnorm fused_single_qkv_rope generation_config grad_scale_func grad_sync_func
+    gradient_accumulation_fusion gtp_weight_remat_size hetereogenous_dist_checkpoint hidden_dropout
+    high_priority_a2a_comm_stream hybrid_context_parallel init_method init_method_std init_model_with_meta_device
+    log_max_attention_logit make_vocab_size_divisible_by masked_softmax_fusion max_seqlen_per_dp_cp_rank
+    memory_efficient_layer_norm microbatch_group_size_per_vp_stage min_offloaded_tensor_size mlp_chunks_for_prefill
+    mlp_chunks_for_training mtp_detach_heads mtp_grad_scale_func mtp_loss_scaling_factor mtp_standalone
+    mtp_use_repeated_layer nccl_all_reduce_for_prefill no_sync_func num_layers_at_end_in_bf16
+    num_layers_at_start_in_bf16 num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+    num_microbatches_with_partial_activation_checkpoints offload_modules output_layer_init_method parallel_output
+    param_sync_func params_dtype perform_initialization persist_layer_norm pipeline_dtype
     pipeline_model_parallel_comm_backend pipeline_model_parallel_layout scatter_embedding_sequence_parallel
-    sequence_parallel symmetric_ar_type test_mode timers tp_only_amax_red transformer_impl use_cpu_initialization
-    use_fused_weighted_squared_relu use_mamba_mem_eff_path use_ring_exchange_p2p use_te_activation_func
-    use_te_rng_tracker use_transformer_engine_op_fuser variable_seq_lengths wgrad_deferral_limit
+    sequence_parallel symmetric_ar_type tensor_parallel_num_weight_shards test_mode timers tp_only_amax_red
+    transformer_impl use_cpu_initialization use_fused_weighted_squared_relu use_inference_optimized_layers
+    use_mamba_mem_eff_path use_ring_exchange_p2p use_te_activation_func use_te_rng_tracker
+    use_transformer_engine_op_fuser variable_seq_lengths wgrad_deferral_limit
     """.split()
 )
 _HARMLESS_PREFIXES = (
@@ -73,6 +80,7 @@ _HARMLESS_PREFIXES = (
     "cuda_graph_",
     "dsa_",
     "enable_cuda_graph",
+    "fine_grained_",
     "fp4",
     "fp8",
     "inference_",
