@@ -19,7 +19,7 @@ from nemo_spin.checkpoint.architecture import (
     squared_relu,
     transformer_fields,
 )
-from nemo_spin.checkpoint.supported import refuse_unsupported
+from nemo_spin.checkpoint.supported import refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 
@@ -63,7 +63,6 @@ _USED = frozenset(
         """.split(),
     ]
 )
-_LLAMA31 = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
 
 
 def architecture_from_nemo2(
@@ -174,10 +173,5 @@ def _rope_scaling(config: Mapping[str, Any], where: str) -> tuple[bool, float]:
     """Llama 3.1's configuration classes have scale_factor and its companions as fields, and always apply them."""
     if config.get("scale_factor") is None:
         return bool(config.get("rope_scaling", False)), float(config.get("rope_scaling_factor") or 8.0)
-    for name, only in _LLAMA31.items():
-        if float(config.get(name, only)) != only:
-            raise CheckpointError(
-                f"{where} says {name}: {config[name]}, which is not supported: megatron-core scales rotary embeddings "
-                f"with {only} only."
-            )
+    refuse_other_rope_scaling(config, where)
     return True, float(config["scale_factor"])
