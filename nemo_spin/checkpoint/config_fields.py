@@ -19,7 +19,7 @@ from nemo_spin.checkpoint.architecture import (
     squared_relu,
     transformer_fields,
 )
-from nemo_spin.checkpoint.supported import refuse_unsupported
+from nemo_spin.checkpoint.supported import refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 
@@ -52,7 +52,6 @@ _USED = frozenset(
         """.split(),
     ]
 )
-_LLAMA31 = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
 
 
 def architecture_from_fields(
@@ -156,10 +155,5 @@ def _rope_scaling(config: Mapping[str, Any], where: str) -> tuple[bool, float]:
         if not config.get("rope_scaling"):
             return False, Architecture.rope_scaling_factor
         return True, float(config.get("rope_scaling_factor") or Architecture.rope_scaling_factor)
-    for name, only in _LLAMA31.items():
-        if float(config.get(name, only)) != only:
-            raise CheckpointError(
-                f"{where} says {name}: {config[name]}, which is not supported: megatron-core scales rotary embeddings "
-                f"with {only} only."
-            )
+    refuse_other_rope_scaling(config, where)
     return True, float(config["scale_factor"])

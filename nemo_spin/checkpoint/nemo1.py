@@ -18,13 +18,14 @@ from nemo_spin.checkpoint.architecture import (
     squared_relu,
     transformer_fields,
 )
-from nemo_spin.checkpoint.supported import is_transformer_field, refuse_unsupported
+from nemo_spin.checkpoint.supported import is_transformer_field, refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 
 KEY_PREFIX = "model."
 
-# Gated ones end in "glu", as in NeMo. Those after the blank line are this project's, for what NeMo 1 has no name for.
+# Gated ones end in "glu", as in NeMo. Those after the blank line are this project's; NeMo 1 has no name for them, and
+# writes the tanh approximation of GELU as openai_gelu.
 ACTIVATIONS = {
     "gelu": F.gelu,
     "geglu": F.gelu,
@@ -135,7 +136,7 @@ def architecture_from_nemo1(
         rotary_percent=float(_get(config, "rotary_percentage", 1.0)),
         rotary_base=float(_get(config, "rotary_base", 10000)),
         rope_scaling=bool(_get(config, "scale_positional_embedding", False)),
-        rope_scaling_factor=float(_get(config, "rope_scaling_factor", 8.0)),
+        rope_scaling_factor=float(_get(config, "scale_factor", _get(config, "rope_scaling_factor", 8.0))),
         seq_len_interpolation_factor=float(interpolation) if interpolation else None,
         share_embeddings_and_output_weights=bool(_get(config, "share_embeddings_and_output_weights", True)),
     )
@@ -144,18 +145,19 @@ def architecture_from_nemo1(
 def to_nemo1_config(architecture: Architecture, precision: str) -> dict[str, Any]:
     """The architecture in NeMo 1's names: `architecture_from_nemo1` reads the same one back.
 
-    precision: "32" or "bf16", NeMo's `precision`. What NeMo 1 has no key for (vocab_size, rope_scaling_factor, some
-    activations) is written under this project's names.
+    precision: "32" or "bf16", NeMo's `precision`. What NeMo 1 has no key for (vocab_size, some activations) is written
+    under this project's names. Raises CheckpointError for an activation that has no name.
     """
     transformer = architecture.transformer
+    activation, openai_gelu = _activation_name(architecture)
     config: dict[str, Any] = {
         "mcore_gpt": True,
         "transformer_engine": True,
         "precision": 32 if precision == "32" else precision,
         "encoder_seq_length": architecture.max_sequence_length,
         "max_position_embeddings": architecture.max_sequence_length,
-        "activation": _activation_name(architecture),
-        "openai_gelu": False,
+        "activation": activation,
+        "openai_gelu": openai_gelu,
         "bias_activation_fusion": False,
         "bias": transformer["add_bias_linear"],
         "qkv_bias": transformer["add_qkv_bias"],
@@ -167,7 +169,7 @@ def to_nemo1_config(architecture: Architecture, precision: str) -> dict[str, Any
         "rotary_percentage": architecture.rotary_percent,
         "rotary_base": architecture.rotary_base,
         "scale_positional_embedding": architecture.rope_scaling,
-        "rope_scaling_factor": architecture.rope_scaling_factor,
+        "scale_factor": architecture.rope_scaling_factor,
         "seq_len_interpolation_factor": architecture.seq_len_interpolation_factor,
         "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
         "vocab_size": architecture.vocab_size,
@@ -178,16 +180,21 @@ def to_nemo1_config(architecture: Architecture, precision: str) -> dict[str, Any
         "transformer_block_type": "pre_ln",
         "normalize_attention_scores": True,
         "headscale": False,
+        # NeMo 1 does not build a model without it, not even to generate.
+        "optim": {"name": "fused_adam", "lr": 1e-5},
     }
     return config | {name: transformer[name] for name in sorted(_SAME_NAME)}
 
 
-def _activation_name(architecture: Architecture) -> str:
+def _activation_name(architecture: Architecture) -> tuple[str, bool]:
+    """NeMo 1's `activation` and `openai_gelu`."""
     func, gated = architecture.transformer["activation_func"], architecture.transformer["gated_linear_unit"]
+    if func is gelu_tanh:
+        return "geglu" if gated else "gelu", True
     names = [name for name, known in ACTIVATIONS.items() if known is func and name.endswith("glu") == gated]
     if not names:
         raise CheckpointError(f"The activation {func} has no name in a .nemo configuration.")
-    return next((name for name in names if name.startswith("fast-")), names[0])
+    return next((name for name in names if name.startswith("fast-")), names[0]), False
 
 
 def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -210,6 +217,8 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
     for key, only in _ONLY.items():
         if key in config and config[key] is not None and config[key] != only:
             raise CheckpointError(f"{where} says {key}: {config[key]}, which is not supported: only {only} is.")
+    if config.get("scale_positional_embedding"):
+        refuse_other_rope_scaling(config, where)
     if (spec := config.get("name")) in _OTHER_SPECS:
         raise CheckpointError(f"{where} says name: {spec}, a kind of layer that is not supported.")
     target = str(config.get("target") or "")

@@ -99,6 +99,9 @@ _HARMLESS_PREFIXES = (
 )
 _HARMLESS_SUFFIXES = ("_parallel_size", "_parallel_sizes")
 
+# Llama 3.1's scaling of rotary embeddings: the only values with which megatron-core computes it, beside the factor.
+LLAMA31_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
+
 _DEFAULTS = {field.name: field.default if field.default is not MISSING else None for field in fields(TransformerConfig)}
 
 
@@ -122,4 +125,17 @@ def refuse_unsupported(config: Mapping[str, Any], used: Collection[str], where: 
         if name not in _DEFAULTS or _DEFAULTS[name] != value:
             raise CheckpointError(
                 f"{where} says {name}: {value}, which is not supported: it may change what the model computes."
+            )
+
+
+def refuse_other_rope_scaling(config: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError, naming the field, if rotary embeddings are scaled with other numbers than Llama 3.1's.
+
+    config: NeMo's names -> values. where: for the message.
+    """
+    for name, only in LLAMA31_SCALING.items():
+        if config.get(name) is not None and float(config[name]) != only:
+            raise CheckpointError(
+                f"{where} says {name}: {config[name]}, which is not supported: megatron-core scales rotary embeddings "
+                f"with {only:g} only."
             )

@@ -140,6 +140,8 @@ def test_keys_that_change_the_computation_are_honoured() -> None:
         ({"num_moe_experts": 8}, "num_moe_experts: 8, and a mixture of experts is not supported"),
         ({"window_size": [4096, 0]}, "window_size"),
         ({"multi_latent_attention": True}, "multi_latent_attention"),
+        ({"scale_positional_embedding": True, "old_context_len": 4096}, "old_context_len: 4096"),
+        ({"scale_positional_embedding": True, "high_freq_factor": 2}, "high_freq_factor: 2"),
         ({"mcore_customization_config": {"final_logit_softcapping": 30}}, "final_logit_softcapping: 30"),
     ],
 )
@@ -156,8 +158,25 @@ def test_what_is_written_is_read_back(activation: str, normalization: str) -> No
         "normalization": normalization,
         "position_embedding_type": "rope",
         "scale_positional_embedding": True,
-        "rope_scaling_factor": 32.0,
+        "scale_factor": 32.0,
         "qkv_bias": True,
     }
     found = read(**config)
+    assert found.rope_scaling_factor == 32.0
     assert architecture_from_nemo1(to_nemo1_config(found, "32"), TENSORS, None, "it") == found
+
+
+# What activation_to_func of nemo_toolkit 2.4.1 accepts: it decides whether NeMo 1 can open what is written here.
+OF_NEMO_1 = "gelu geglu reglu swiglu squared-relu fast-geglu fast-swiglu fast-reglu approx-gelu".split()
+
+
+@pytest.mark.parametrize("activation", [*OF_NEMO_1, "gelu-tanh", "tanh-geglu"])
+def test_activations_that_nemo_1_has_are_written_under_its_names(activation: str) -> None:
+    written = to_nemo1_config(read(activation=activation), "32")
+    assert written["activation"] in OF_NEMO_1
+    # The tanh approximation of GELU, which is also what NeMo 1's defaults compute.
+    assert written["openai_gelu"] == ("ge" in activation and activation != "approx-gelu")
+
+
+def test_archives_of_before_the_name_of_the_scaling_factor() -> None:
+    assert read(scale_positional_embedding=True, rope_scaling_factor=16.0).rope_scaling_factor == 16.0
