@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_spin.checkpoint.architecture import Architecture, squared_relu
+from nemo_spin.checkpoint.contradictions import expected_tensors
 from nemo_spin.checkpoint.huggingface import CLASSES, DEFAULTS, HAVE_BIASES, LLAMA3_ROPE
 from nemo_spin.checkpoint.huggingface_layout import (
     INDEX,
     SINGLE,
     Segment,
-    canonical_shapes,
     huggingface_shapes,
     segments,
 )
@@ -191,7 +191,7 @@ def _plan(
 ) -> tuple[list[list[str]], Mapping[str, int]]:
     """Which tensors of megatron-core go into which file, and how many bytes they make there."""
     sizes = {}
-    for name, shape in canonical_shapes(architecture).items():
+    for name, shape in expected_tensors(architecture).items():
         pieces = huggingface_shapes(name, shape, architecture).values()
         sizes[name] = sum(map(math.prod, pieces)) * store.tensors[name].dtype.itemsize
     shards: list[list[str]] = [[]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_spin.checkpoint.architecture import Architecture, layer_tensors, outer_tensors
+from nemo_spin.checkpoint.architecture import Architecture, layer_tensors
 from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, OUTPUT_LAYER
 
 SINGLE = "model.safetensors"
@@ -47,19 +47,10 @@ class Segment:
         return self.stop - self.start
 
 
-def canonical_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model by megatron-core's names, layers one by one, in order."""
-    outer = outer_tensors(architecture)
-    shapes = {EMBEDDING: outer.pop(EMBEDDING)}
-    for index in range(architecture.transformer["num_layers"]):
-        shapes |= {f"{LAYERS}{index}.{name}": shape for name, shape in layer_tensors(architecture.transformer).items()}
-    return shapes | outer
-
-
 def segments(name: str, architecture: Architecture) -> list[Segment]:
     """The rows that a tensor of megatron-core consists of, in its order; every other axis is the same in both.
 
-    name: one of `canonical_shapes`. Rows of padding, beyond the vocabulary, are in no segment.
+    name: one of `contradictions.expected_tensors`. Rows of padding, beyond the vocabulary, are in no segment.
     """
     transformer = architecture.transformer
     if name in (EMBEDDING, OUTPUT_LAYER):

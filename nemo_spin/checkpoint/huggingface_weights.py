@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_spin.checkpoint.architecture import Architecture
+from nemo_spin.checkpoint.contradictions import expected_tensors
 from nemo_spin.checkpoint.huggingface_layout import (
     INDEX,
     OUTER,
     SINGLE,
-    canonical_shapes,
     huggingface_shapes,
     segments,
 )
@@ -69,7 +69,7 @@ class HuggingFaceStore:
         """What is stored, by megatron-core's names."""
         left = dict(self._where)
         found = {}
-        for name, shape in canonical_shapes(self._architecture).items():
+        for name, shape in expected_tensors(self._architecture).items():
             dtypes = []
             for wanted, wanted_shape in huggingface_shapes(name, shape, self._architecture).items():
                 if left.pop(wanted, None) is None:

@@ -1,4 +1,4 @@
-"""Tiny models of each family that is read, made by transformers with random weights, random norms and biases among them."""
+"""Tiny models of each family that is read, made by transformers: every weight random, those of norms and biases too."""
 
 from __future__ import annotations
 
@@ -24,27 +24,24 @@ SIZES = {
 }
 
 
-def rope(theta: float = 10000.0, **scaling: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta} | scaling
-
-
 def llama3_rope(factor: float) -> dict[str, Any]:
     ends = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return rope(rope_type="llama3", factor=factor, **ends)
+    return {"rope_type": "llama3", "factor": factor, **ends}
 
 
-# Name -> class of transformers without "Config", and what it is given beside SIZES.
+# Name -> class of transformers without "Config", and what it is given beside SIZES, in the spelling that all versions
+# read; transformers 5 writes config.json in its own.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
-    "llama2-linear": ("Llama", {"rope_parameters": rope(rope_type="linear", factor=4.0)}),
-    "llama31": ("Llama", {"rope_parameters": llama3_rope(8.0), "head_dim": 8}),
-    "llama32-tied": ("Llama", {"rope_parameters": llama3_rope(32.0), "tie_word_embeddings": True}),
+    "llama2-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama31": ("Llama", {"rope_scaling": llama3_rope(8.0), "head_dim": 8}),
+    "llama32-tied": ("Llama", {"rope_scaling": llama3_rope(32.0), "tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
-    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None, "rope_parameters": rope(1e6)}),
-    "qwen2": ("Qwen2", {"rope_parameters": rope(1e6)}),
-    "qwen3": ("Qwen3", {"head_dim": 16, "rope_parameters": rope(1e6), "tie_word_embeddings": True}),
-    "nemotron": ("Nemotron", {"norm_eps": 1e-5, "rope_parameters": rope(partial_rotary_factor=0.5)}),
+    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None, "rope_theta": 1e6}),
+    "qwen2": ("Qwen2", {"rope_theta": 1e6}),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rope_theta": 1e6, "tie_word_embeddings": True}),
+    "nemotron": ("Nemotron", {"norm_eps": 1e-5, "partial_rotary_factor": 0.5}),
     "nemotron-biases": ("Nemotron", {"attention_bias": True, "mlp_bias": True}),
 }
 

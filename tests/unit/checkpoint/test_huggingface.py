@@ -33,10 +33,9 @@ def transformers_config(model_type: str, **given: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("model_type", DEFAULTS)
 def test_what_is_left_out_is_as_in_transformers(model_type: str) -> None:
     everything = transformers_config(model_type)
-    assert architecture_from_huggingface({"model_type": model_type}, "it") == architecture_from_huggingface(
-        everything | {"sliding_window": 4096}, "it"
-    )
-    assert architecture_from_huggingface({"model_type": model_type}, "it").vocab_size == everything["vocab_size"]
+    assert len(everything) > 15
+    ours = architecture_from_huggingface({"model_type": model_type}, "it")
+    assert ours == architecture_from_huggingface(everything, "it")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -109,7 +108,7 @@ def test_what_is_refused(config: dict[str, Any], words: str) -> None:
 
 def test_directories_without_a_whole_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         read_huggingface_config(tmp_path, "it")
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="no mapping"):
