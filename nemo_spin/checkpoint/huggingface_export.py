@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -162,7 +163,8 @@ def write_huggingface_weights(
     architecture: of `store`, and one that `to_huggingface_config` accepts. directory: exists.
     max_shard_bytes: of a file, unless one tensor of megatron-core is larger. part, parts: this call writes every
     `parts`-th file from number `part` on, the first one also the index; so several processes can share the work.
-    No more than one file's tensors are in memory at a time. Raises CheckpointError if the store cannot be read.
+    No more than one file's tensors are in memory at a time. Raises CheckpointError if the store cannot be read, or
+    a file cannot be written.
     """
     shards, sizes = _plan(store, architecture, max_shard_bytes)
     names = [SINGLE] if len(shards) == 1 else _numbered(len(shards))
@@ -170,9 +172,7 @@ def write_huggingface_weights(
         tensors: dict[str, Tensor] = {}
         for name in shards[number]:
             tensors |= _split(store.read(name), segments(name, architecture))
-        unfinished = directory / f".unfinished-{names[number]}"
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, directory / names[number])
+        _save(tensors, directory / names[number])
     if part == 0 and len(shards) > 1:
         weight_map = {
             hf_name: file
@@ -184,6 +184,18 @@ def write_huggingface_weights(
         unfinished = directory / f".unfinished-{INDEX}"
         unfinished.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, directory / INDEX)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    unfinished = file.with_name(f".unfinished-{file.name}")
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, file)
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file} cannot be written ({reason}): make room, or choose another place.") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _plan(

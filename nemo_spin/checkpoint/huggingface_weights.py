@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, Region, S
 from nemo_spin.errors import CheckpointError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_AGAIN = "copy it again or use another checkpoint"
 _LFS = b"version https://git-lfs"
 
 
@@ -38,32 +41,38 @@ class HuggingFaceStore:
         """
         self._architecture = architecture
         self._origin = origin
-        self._files = _open_files(Path(directory), origin)
-        self._where = {name: file for file in self._files for name in self._files[file].keys()}  # noqa: SIM118
+        self._where: dict[str, Path] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file in _files(Path(directory), origin):
+            with _opened(file, origin) as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    header = opened.get_slice(name)
+                    self._where[name] = file
+                    self._headers[name] = (tuple(header.get_shape()), header.get_dtype())
+        _check_index(Path(directory), self._where, origin)
         self.tensors = self._checked()
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
         """See `WeightStore.read`; only the rows of the region are read."""
         stored = self.tensors[name]
-        whole = tuple(slice(0, size) for size in stored.shape)
-        rows, *columns = region or whole
+        rows, *columns = region or tuple(slice(0, size) for size in stored.shape)
         begin, end, _ = rows.indices(stored.shape[0])
         parts, row = [], 0
-        for segment in segments(name, self._architecture):
-            start, stop = max(begin - row, 0), min(end - row, segment.rows)
-            row += segment.rows
-            if start < stop:
+        # Opened for this read only: the pages of a file count as this process's memory as long as it is open.
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+            for segment in segments(name, self._architecture):
+                start, stop = max(begin - row, 0), min(end - row, segment.rows)
+                row += segment.rows
+                if start >= stop:
+                    continue
+                file = self._where[segment.name]
+                if file not in files:
+                    files[file] = stack.enter_context(_opened(file, self._origin))
                 wanted = (slice(segment.start + start, segment.start + stop), *columns)
-                parts.append(self._slice(segment.name, wanted).to(stored.dtype))
-        # A copy: what safetensors returns lies in the file's mapping, which the next read shares.
-        return torch.cat(parts) if parts else torch.empty(stored.shape, dtype=stored.dtype)[(rows, *columns)]
-
-    def _slice(self, name: str, region: Region) -> Tensor:
-        file = self._where[name]
-        try:
-            return self._files[file].get_slice(name)[region]
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._origin}: {name} cannot be read from {file.name} ({_line(error)}).") from None
+                parts.append(files[file].get_slice(segment.name)[wanted].to(stored.dtype))
+            # torch.cat copies, always: what safetensors returns lies in the file's pages.
+            return torch.cat(parts) if parts else torch.empty(stored.shape, dtype=stored.dtype)[(rows, *columns)]
 
     def _checked(self) -> dict[str, StoredTensor]:
         """What is stored, by megatron-core's names."""
@@ -88,63 +97,68 @@ class HuggingFaceStore:
         return found
 
     def _check(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
-        header = self._files[self._where[name]].get_slice(name)
-        if tuple(header.get_shape()) != shape:
+        stored, dtype = self._headers[name]
+        if stored != shape:
             raise CheckpointError(
-                f"{self._origin} contradicts itself: tensor {name} is {list(header.get_shape())}, but its config.json "
-                f"makes it {list(shape)}{_reason(name, self._architecture)}."
+                f"{self._origin} contradicts itself: tensor {name} is {list(stored)}, but its config.json makes it "
+                f"{list(shape)}{_reason(name, self._architecture)}."
             )
-        if header.get_dtype() not in _DTYPES:
+        if dtype not in _DTYPES:
             raise CheckpointError(
-                f"{self._origin} stores {name} as {header.get_dtype()}, which is not supported: re-save it in bf16 or "
-                "fp32."
+                f"{self._origin} stores {name} as {dtype}, which is not supported: re-save it in bf16 or fp32."
             )
-        return _DTYPES[header.get_dtype()]
+        return _DTYPES[dtype]
 
 
-def _open_files(directory: Path, origin: str) -> dict[Path, Any]:
-    """The safetensors files of the directory, opened."""
-    again = "copy it again or use another checkpoint"
+def _files(directory: Path, origin: str) -> list[Path]:
+    """The safetensors files of the directory; of one file and many, the one, as transformers chooses."""
     if (directory / SINGLE).is_file():
-        return {directory / SINGLE: _open(directory / SINGLE, origin)}
-    if not (directory / INDEX).is_file():
-        if any(directory.glob("pytorch_model*.bin")):
-            raise CheckpointError(
-                f"{origin} has its weights in pytorch_model.bin only, which is not read: re-save it as safetensors "
-                "(transformers: from_pretrained, then save_pretrained)."
-            )
-        if any(directory.glob("*.safetensors")):
-            raise CheckpointError(f"{origin} is incomplete: neither {SINGLE} nor {INDEX} is there; {again}.")
-        raise CheckpointError(f"{origin} holds a config.json, but no weights: {SINGLE} and {INDEX} are missing.")
-    try:
-        weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = {name: Path(file).name for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{origin} is damaged: {INDEX} cannot be read; {again}.") from None
-    files = {}
-    for file in sorted(set(names.values())):
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{origin} is incomplete: {file} is missing, which {INDEX} names; {again}.")
-        files[directory / file] = _open(directory / file, origin)
-    held = {path.name: set(opened.keys()) for path, opened in files.items()}
-    for name, file in names.items():
-        if name not in held[file]:
-            raise CheckpointError(f"{origin} contradicts itself: {INDEX} says that {file} holds {name}; it does not.")
-    return files
-
-
-def _open(file: Path, origin: str) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        with open(file, "rb") as opened:
-            if opened.read(len(_LFS)) == _LFS:
-                raise CheckpointError(
-                    f"{origin}: {file.name} is only a pointer of Git LFS to the file: fetch it with git lfs pull."
-                ) from None
+        return [directory / SINGLE]
+    if (directory / INDEX).is_file():
+        files = sorted({directory / file for file in _weight_map(directory, origin).values()})
+        for file in files:
+            if not file.is_file():
+                raise CheckpointError(f"{origin} is incomplete: {file.name} is missing, which {INDEX} names; {_AGAIN}.")
+        return files
+    if any(directory.glob("pytorch_model*.bin")):
         raise CheckpointError(
-            f"{origin}: {file.name} is truncated or damaged ({_line(error)}): copy it again or use another checkpoint."
-        ) from None
+            f"{origin} has its weights in pytorch_model.bin only, which is not read: re-save it as safetensors "
+            "(transformers: from_pretrained, then save_pretrained)."
+        )
+    if any(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{origin} is incomplete: neither {SINGLE} nor {INDEX} is there; {_AGAIN}.")
+    raise CheckpointError(f"{origin} holds a config.json, but no weights: {SINGLE} and {INDEX} are missing.")
+
+
+def _weight_map(directory: Path, origin: str) -> dict[str, str]:
+    """Tensor -> name of the file that holds it, as the index says."""
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        return {name: Path(file).name for name, file in index["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{origin} is damaged: {INDEX} cannot be read; {_AGAIN}.") from None
+
+
+def _check_index(directory: Path, where: Mapping[str, Path], origin: str) -> None:
+    if (directory / SINGLE).is_file():
+        return
+    for name, file in _weight_map(directory, origin).items():
+        if name not in where:
+            raise CheckpointError(f"{origin} contradicts itself: {INDEX} says that {file} holds {name}; it does not.")
+
+
+@contextmanager
+def _opened(file: Path, origin: str) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        if file.is_file() and file.open("rb").read(len(_LFS)) == _LFS:
+            raise CheckpointError(
+                f"{origin}: {file.name} is only a pointer of Git LFS to the file: fetch it with git lfs pull."
+            ) from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{origin}: {file.name} is truncated or damaged ({reason}): {_AGAIN}.") from None
 
 
 def _is_ignored(name: str, architecture: Architecture) -> bool:
@@ -180,7 +194,3 @@ def _reason(name: str, architecture: Architecture) -> str:
     else:
         keys = "num_hidden_layers hidden_size"
     return " (" + ", ".join(f"{key}: {values[key]}" for key in keys.split()) + ")"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama32-tied": ("Llama", {"rope_scaling": llama3_rope(32.0), "tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
-    "mistral": ("Mistral", {"head_dim": 12, "sliding_window": None, "rope_theta": 1e6}),
+    "mistral": ("Mistral", {"num_attention_heads": 6, "head_dim": 12, "sliding_window": None, "rope_theta": 1e6}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6}),
     "qwen3": ("Qwen3", {"head_dim": 16, "rope_theta": 1e6, "tie_word_embeddings": True}),
     "nemotron": ("Nemotron", {"norm_eps": 1e-5, "partial_rotary_factor": 0.5}),

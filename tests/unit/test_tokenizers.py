@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,68 @@ def test_sentencepiece_from_a_nemo1_archive(tmp_path: Path) -> None:
     assert again.encode("six<extra>one") == added.encode("six<extra>one")
 
 
+def write_tiktoken(file: Path) -> Path:
+    """Vocabulary of all bytes and some pairs; the last token is the first two bytes of a character of three."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [b"on", b"one", b" t", b" tw", b" two", "é".encode(), "日".encode()[:2]]
+    rows = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": token.decode(errors="replace")}
+        for rank, token in enumerate(tokens)
+    ]
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def test_tiktoken_from_a_nemo1_archive(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    write_tiktoken(tmp_path / "abc_vocab.json")
+    node = {"library": "tiktoken", "model": None, "vocab_file": "nemo:abc_vocab.json"}
+    plain = build_tokenizer(from_nemo1({"tokenizer": node}, "it"), tmp_path)
+    assert (plain.vocab_size, plain.bos_id, plain.eos_id, plain.pad_id) == (1263, 1, 2, 4)
+    assert plain.encode("one two") == [1257, 1260]
+    text = "naïve 日本 one two</s>"
+    assert plain.decode(plain.encode(text)) == text  # 日 is two tokens
+    assert plain.decode([1, *plain.encode("one"), 2, 999, 5000]) == "<s>one</s><SPECIAL_999>"
+    assert (plain.id_of("</s>"), plain.id_of("one"), plain.id_of("one two")) == (2, 1257, None)
+    with pytest.raises(DataError, match="chat template"):
+        plain.render_chat([], add_generation_prompt=True)
+
+    special_tokens = ["<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>", "<extra>"]
+    options = {"num_special_tokens": 10, "vocab_size": 266, "pattern": r"\s?\S+|\s+", "special_tokens": special_tokens}
+    target = "nemo.collections.common.tokenizers.tiktoken_tokenizer.TiktokenTokenizer"
+    chosen = from_nemo2({"_target_": target, "vocab_file": "abc_vocab.json"} | options, "it")
+    small = build_tokenizer(chosen, tmp_path)
+    assert (small.vocab_size, small.id_of("<extra>"), small.id_of("<SPECIAL_8>")) == (266, 7, 8)
+    assert small.decode(small.encode(text)) == text
+    assert small.fingerprint != plain.fingerprint
+
+    for tokenizer in (plain, small):
+        archive = tokenizer.save(tmp_path / "archive")
+        context = tokenizer.save_nemo2(tmp_path / "context")
+        for again in (
+            build_tokenizer(from_nemo1({"tokenizer": archive}, "it"), tmp_path / "archive"),
+            build_tokenizer(from_nemo2(context, "it"), tmp_path / "context"),
+        ):
+            assert again.encode(text) == tokenizer.encode(text)
+            assert (again.vocab_size, again.id_of("<extra>")) == (tokenizer.vocab_size, tokenizer.id_of("<extra>"))
+    by_model = override("tiktoken", None, str(tmp_path / "abc_vocab.json"))
+    assert build_tokenizer(by_model).encode(text) == plain.encode(text)
+
+
+def test_tiktoken_that_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    description = override("tiktoken", None, str(tmp_path / "vocab.json"))
+    by_name = TokenizerDescription("tiktoken", None, "it", options={"encoding_name": "o200k_harmony"})
+    with pytest.raises(CheckpointError, match="encoding o200k_harmony by name"):
+        build_tokenizer(by_name)
+    if find_spec("tiktoken"):
+        with pytest.raises(CheckpointError, match=r"vocab\.json of model\.tokenizer\.model cannot be loaded"):
+            build_tokenizer(description)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"pip install 'nemo-spin\[tiktoken\]'"):
+        build_tokenizer(description)
+
+
 def test_an_override_takes_local_files(tmp_path: Path) -> None:
     write_huggingface(tmp_path / "hf", chat_template=None)
     by_type = override(None, str(tmp_path / "hf"), None)
@@ -103,6 +168,8 @@ def test_an_override_takes_local_files(tmp_path: Path) -> None:
     assert override(None, None, None) is None
     with pytest.raises(ConfigError, match=r"model\.tokenizer\.type"):
         override("huggingface", None, None)
+    with pytest.raises(ConfigError, match=r"tiktoken needs model\.tokenizer\.model"):
+        override("tiktoken", "x", None)
 
 
 @pytest.mark.parametrize(
