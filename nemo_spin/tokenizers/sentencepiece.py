@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
 from nemo_spin.errors import CheckpointError
 from nemo_spin.tokenizers.base import NeMoTokenizer, one_line
-from nemo_spin.tokenizers.comparison import difference_in_transformers
+from nemo_spin.tokenizers.comparison import write_and_compare
+from nemo_spin.tokenizers.conversion import from_sentencepiece
 
 _NEMO2_TARGET = "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer"
 _MODEL = "tokenizer.model"
@@ -50,15 +50,25 @@ class SentencePieceTokenizer(NeMoTokenizer):
 
     def save_huggingface(self, directory: Path) -> str | None:
         self._write_model(directory / _MODEL)
-        settings = directory / "tokenizer_config.json"
-        settings.write_text(json.dumps(self._llama_settings(), indent=2) + "\n")
-        problem = difference_in_transformers(self, directory, self._special_texts())
+        processor = self._tokenizer.tokenizer
+        roles = {
+            f"{role}_token": processor.id_to_piece(found)
+            for role in ("bos", "eos", "unk")
+            if (found := getattr(processor, f"{role}_id")()) >= 0
+        }
+        added = self._tokenizer.id_to_special_token
+        problem = write_and_compare(
+            self,
+            lambda: from_sentencepiece(self._model(), added),
+            roles,
+            directory,
+            [f"one {token} two{token}three" for token in added.values()],
+        )
         if problem is None:
             return None
-        settings.unlink()
         return (
-            f"{directory / _MODEL} is the model of sentencepiece, and there is no tokenizer_config.json beside it: "
-            f"transformers' LlamaTokenizer does not tokenize as it does ({problem})."
+            f"{directory / _MODEL} is the model of sentencepiece, and there are no other tokenizer files: "
+            f"transformers' tokenizers do not tokenize as it does ({problem})."
         )
 
     def _model(self) -> bytes:
@@ -68,32 +78,6 @@ class SentencePieceTokenizer(NeMoTokenizer):
     def _write_model(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(self._model())
-
-    def _llama_settings(self) -> dict[str, Any]:
-        """tokenizer_config.json. No special token is added by itself: prompts are rendered with theirs."""
-        processor = self._tokenizer.tokenizer
-        pieces = {
-            f"{role}_token": processor.id_to_piece(found)
-            for role in ("bos", "eos", "unk")
-            if (found := getattr(processor, f"{role}_id")()) >= 0
-        }
-        added = {
-            str(index): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
-            | {"single_word": False}
-            for index, token in sorted(self._tokenizer.id_to_special_token.items())
-        }
-        return {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "legacy": True,
-            "added_tokens_decoder": added,
-            **pieces,
-        }
-
-    def _special_texts(self) -> list[str]:
-        return [f"one{token}two" for token in self._tokenizer.special_token_to_id]
 
     def _special_id(self, role: str) -> int | None:
         if hasattr(self._tokenizer, f"{role}_token"):

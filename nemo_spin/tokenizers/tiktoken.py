@@ -14,6 +14,8 @@ from typing import Any
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
 from nemo_spin.errors import CheckpointError
 from nemo_spin.tokenizers.base import NeMoTokenizer, one_line
+from nemo_spin.tokenizers.comparison import write_and_compare
+from nemo_spin.tokenizers.conversion import from_tiktoken
 
 _NEMO2_TARGET = "nemo.collections.common.tokenizers.tiktoken_tokenizer.TiktokenTokenizer"
 _VOCAB = "tokenizer.vocab.json"
@@ -46,10 +48,22 @@ class TiktokenTokenizer(NeMoTokenizer):
         return {"_target_": _NEMO2_TARGET, "vocab_file": _VOCAB, **self._settings()}
 
     def save_huggingface(self, directory: Path) -> str | None:
+        encoding, specials = self._tokenizer.tokenizer, self._tokenizer.special_tokens
+        roles = {
+            f"{role}_token": specials[getattr(self._tokenizer, f"{role}_id")] for role in ("bos", "eos", "pad", "unk")
+        }
+        problem = write_and_compare(
+            self,
+            lambda: from_tiktoken(self._tokenizer.token2id, specials, encoding._pat_str),
+            roles,
+            directory,
+        )
+        if problem is None:
+            return None
         self._write_vocab(directory)
         return (
             f"{directory / _VOCAB} is the vocabulary of NeMo's tiktoken tokenizer, and there are no other tokenizer "
-            "files: transformers has no tokenizer that reads it."
+            f"files: transformers' tokenizers do not tokenize as it does ({problem})."
         )
 
     def _settings(self) -> dict[str, Any]:

@@ -7,13 +7,20 @@ import io
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription, from_nemo1, from_nemo2, override
+from nemo_spin.checkpoint.tokenizer_description import (
+    TokenizerDescription,
+    from_huggingface,
+    from_nemo1,
+    from_nemo2,
+    override,
+)
 from nemo_spin.errors import CheckpointError, ConfigError, DataError
 from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits
 
@@ -34,14 +41,14 @@ def write_huggingface(directory: Path, chat_template: str | None = TEMPLATE) -> 
     return directory
 
 
-def write_sentencepiece(file: Path) -> Path:
+def write_sentencepiece(file: Path, text: str = "one two three four five six", **options: Any) -> Path:
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["one two three four five six"] * 20),
+        sentence_iterator=iter([text] * 20),
         model_writer=trained,
-        vocab_size=30,
         minloglevel=2,
         hard_vocab_limit=False,
+        **{"vocab_size": 30} | options,
     )
     file.write_bytes(trained.getvalue())
     return file
@@ -155,6 +162,93 @@ def test_tiktoken_that_cannot_be_built(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"pip install 'nemo-spin\[tiktoken\]'"):
         build_tokenizer(description)
+
+
+TEXTS = ["one two three", " one", "two\n\nthree  four ", "x=12; naïve 日本 🙂", "two<extra>three <extra> one"]
+LIKE_LLAMA = {
+    "model_type": "bpe",
+    "vocab_size": 320,
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
+NO_PREFIX = LIKE_LLAMA | {"add_dummy_prefix": False}
+
+
+def in_transformers(directory: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "extra"),
+    [({}, []), ({}, ["<extra>"]), ({"model_type": "bpe"}, ["<extra>"]), (LIKE_LLAMA, []), (NO_PREFIX, [])],
+)
+def test_sentencepiece_in_other_checkpoints(tmp_path: Path, options: dict[str, Any], extra: list[str]) -> None:
+    file = write_sentencepiece(tmp_path / "x.model", "one two three four 12; naïve  x = 3", **options)
+    description = TokenizerDescription("sentencepiece", str(file), "it", legacy=bool(extra), special_tokens=extra)
+    tokenizer = build_tokenizer(description)
+    again = build_tokenizer(from_nemo2(tokenizer.save_nemo2(tmp_path / "context"), "it"), tmp_path / "context")
+    assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+    assert tokenizer.save_huggingface(tmp_path / "hf") is None
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == file.read_bytes()
+    assert [in_transformers(tmp_path / "hf", text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    theirs = build_tokenizer(from_huggingface(tmp_path / "hf"))
+    assert (theirs.eos_id, theirs.bos_id, theirs.vocab_size) == (2, 1, tokenizer.vocab_size)
+    for text in TEXTS[:2]:
+        assert theirs.decode(tokenizer.encode(text)).split() == tokenizer.decode(tokenizer.encode(text)).split()
+
+
+def test_what_transformers_tokenizes_otherwise_is_said(tmp_path: Path) -> None:
+    # NeMo drops a lone space between special tokens; nothing in a tokenizer.json does.
+    file = write_sentencepiece(tmp_path / "x.model", "one two three four 12; naïve  x = 3", **LIKE_LLAMA)
+    description = TokenizerDescription("sentencepiece", str(file), "it", legacy=True, special_tokens=["<extra>"])
+    sentence = build_tokenizer(description).save_huggingface(tmp_path / "hf")
+    assert sentence is not None and "do not tokenize as it does (of '" in sentence
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["tokenizer.model"]
+
+
+def test_tiktoken_in_a_huggingface_directory(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    tokenizer = build_tokenizer(override("tiktoken", None, str(write_tiktoken(tmp_path / "vocab.json"))))
+    assert tokenizer.save_huggingface(tmp_path / "hf") is None
+    assert [in_transformers(tmp_path / "hf", text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+    theirs = build_tokenizer(from_huggingface(tmp_path / "hf"))
+    assert (theirs.eos_id, theirs.bos_id, theirs.pad_id, theirs.vocab_size) == (2, 1, 4, tokenizer.vocab_size)
+    assert theirs.decode(tokenizer.encode(TEXTS[3])) == TEXTS[3]
+
+
+def test_huggingface_in_other_checkpoints(tmp_path: Path) -> None:
+    plain = build_tokenizer(from_huggingface(write_huggingface(tmp_path / "theirs")))
+    assert plain.save_huggingface(tmp_path / "copy") is None
+    files = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+
+    messages = [{"role": "user", "content": "hi"}]
+    added = {"pad_token": "<pad>", "additional_special_tokens": ["<new>"]}
+    node = {"_target_": AUTO, "pretrained_model_name": "theirs", "chat_template": "{{ 'mine' }}"} | added
+    changed = build_tokenizer(from_nemo2(node, "it"), tmp_path)
+    context = changed.save_nemo2(tmp_path / "context")
+    assert changed.save_huggingface(tmp_path / "hf") is None
+    for again in (
+        build_tokenizer(from_nemo2(context, "it"), tmp_path / "context"),
+        build_tokenizer(from_huggingface(tmp_path / "hf")),
+    ):
+        assert again.encode("one <new> <pad>") == changed.encode("one <new> <pad>")
+        assert (again.pad_id, again.eos_id, again.vocab_size) == (changed.pad_id, 2, changed.vocab_size)
+        assert again.pad_id != plain.pad_id
+        assert again.render_chat(messages, add_generation_prompt=False) == "mine"
+
+
+def test_which_tokenizer_a_huggingface_directory_has(tmp_path: Path) -> None:
+    assert from_huggingface(tmp_path) is None
+    write_sentencepiece(tmp_path / "tokenizer.model")
+    assert build_tokenizer(from_huggingface(tmp_path), tmp_path).library == "sentencepiece"
+    write_huggingface(tmp_path)
+    assert build_tokenizer(from_huggingface(tmp_path), tmp_path).encode("three") == [5]
 
 
 def test_an_override_takes_local_files(tmp_path: Path) -> None:
