@@ -89,8 +89,9 @@ def test_a_region_is_a_slice_of_the_whole(tmp_path: Path, name: str) -> None:
             ends = [sorted(torch.randint(0, size + 1, (2,), generator=generator).tolist()) for size in stored.shape]
             region = tuple(slice(start, stop) for start, stop in ends)
             assert torch.equal(store.read(tensor, region), whole[region])
-        store.read(tensor).zero_()
-        assert torch.equal(store.read(tensor), whole)
+        kept = whole.clone()
+        whole.zero_()
+        assert torch.equal(store.read(tensor), kept)
 
 
 def test_qkv_and_gate_lie_where_megatron_core_wants_them(tmp_path: Path) -> None:
@@ -110,18 +111,27 @@ def test_qkv_and_gate_lie_where_megatron_core_wants_them(tmp_path: Path) -> None
 def test_processes_share_the_files(tmp_path: Path) -> None:
     write(tmp_path / "theirs", "llama2")
     store, architecture = open_store(tmp_path / "theirs")
-    for name, parts in (("one", 1), ("three", 3)):
-        (tmp_path / name).mkdir()
-        for part in reversed(range(parts)):
-            write_huggingface_weights(
-                store, architecture, tmp_path / name, max_shard_bytes=20_000, part=part, parts=parts
-            )
-    files = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "three").iterdir()}
+
+    def written(place: str, part: int, parts: int) -> dict[str, bytes]:
+        (tmp_path / place).mkdir()
+        write_huggingface_weights(store, architecture, tmp_path / place, max_shard_bytes=20_000, part=part, parts=parts)
+        return {path.name: path.read_bytes() for path in (tmp_path / place).iterdir()}
+
+    files = written("one", 0, 1)
+    shares = [written(str(part), part, 3) for part in range(3)]
+    assert sum(map(len, shares)) == len(files)
+    assert files == shares[0] | shares[1] | shares[2]
     index = json.loads(files["model.safetensors.index.json"])
-    assert set(index["weight_map"].values()) == {name for name in files if name.endswith(".safetensors")}
+    assert set(index["weight_map"].values()) == files.keys() - {"model.safetensors.index.json"}
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in all_tensors(tmp_path / "one").values())
     assert all(len(content) < 23_000 for name, content in files.items() if name.endswith(".safetensors"))
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "llama2")
+    store, architecture = open_store(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nowhere/model\.safetensors cannot be written"):
+        write_huggingface_weights(store, architecture, tmp_path / "nowhere")
 
 
 def test_stored_dtypes_stay(tmp_path: Path) -> None:
