@@ -5,25 +5,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nemo_spin.errors import CheckpointError, ConfigError
 
+_TIKTOKEN_OPTIONS = ("encoding_name", "num_special_tokens", "pattern", "vocab_size")
 OVERRIDE_HINT = "give one that is at hand, for example model.tokenizer.type=/path/to/huggingface_tokenizer_directory"
 
 
 @dataclass(frozen=True)
 class TokenizerDescription:
     """
-    library: "huggingface" or "sentencepiece"; whatever else a configuration says is refused when it is built.
-    source: directory or name of a Hugging Face tokenizer, or file of a sentencepiece model; a relative path is looked
-        up in the checkpoint's files first. None when the configuration names none.
+    library: "huggingface", "sentencepiece" or "tiktoken"; whatever else a configuration says is refused when it is
+        built.
+    source: directory or name of a Hugging Face tokenizer, file of a sentencepiece model, or vocabulary of tiktoken; a
+        relative path is looked up in the checkpoint's files first. None when the configuration names none.
     origin: where this description comes from, for messages.
     legacy: NeMo's legacy mode of sentencepiece, in which special tokens are added beside the model.
     special_tokens: role ("bos_token", ...) -> token, or a list of tokens; as configured.
     use_fast: for Hugging Face, whether the fast implementation is preferred.
+    options: for tiktoken, what else NeMo's tokenizer is given: vocab_size, num_special_tokens, pattern.
     """
 
     library: str
@@ -33,6 +38,7 @@ class TokenizerDescription:
     special_tokens: dict[str, str] | list[str] = field(default_factory=dict)
     chat_template: str | None = None
     use_fast: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def from_nemo1(config: Mapping[str, Any], origin: str) -> TokenizerDescription:
@@ -47,7 +53,7 @@ def from_nemo1(config: Mapping[str, Any], origin: str) -> TokenizerDescription:
     model = node.get("model") or node.get("tokenizer_model")
     if library == "megatron" and kind == "GPTSentencePieceTokenizer":
         library = "sentencepiece"
-    source = model if library == "sentencepiece" else kind
+    sources = {"sentencepiece": model, "tiktoken": node.get("vocab_file") or model}
     special_tokens = node.get("special_tokens") or {}
     additional = list(node.get("additional_special_tokens") or [])
     if additional:
@@ -55,20 +61,26 @@ def from_nemo1(config: Mapping[str, Any], origin: str) -> TokenizerDescription:
     template = node.get("chat_template")
     return TokenizerDescription(
         library=library,
-        source=source,
+        source=sources.get(library, kind),
         origin=origin,
         legacy=bool(node.get("sentencepiece_legacy", library == "sentencepiece")),
         special_tokens=special_tokens,
         chat_template=template if isinstance(template, str) else None,
         use_fast=bool(node.get("use_fast", True)),
+        options=_tiktoken_options(node) if library == "tiktoken" else {},
     )
+
+
+def _tiktoken_options(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: node[key] for key in _TIKTOKEN_OPTIONS if node.get(key) is not None}
 
 
 def _values(special_tokens: Mapping[str, str] | list[str]) -> list[str]:
     return list(special_tokens.values()) if isinstance(special_tokens, Mapping) else list(special_tokens)
 
 
-_HF_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+HF_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 def from_nemo2(node: Any, origin: str) -> TokenizerDescription | None:
@@ -78,7 +90,7 @@ def from_nemo2(node: Any, origin: str) -> TokenizerDescription | None:
     target = str(node["_target_"]).rsplit(".", 1)[-1]
     if target == "AutoTokenizer":
         special_tokens: dict[str, str] | list[str] = {
-            role: node[role] for role in _HF_ROLES if isinstance(node.get(role), str)
+            role: node[role] for role in HF_ROLES if isinstance(node.get(role), str)
         }
         if additional := list(node.get("additional_special_tokens") or []):
             special_tokens = special_tokens | {"additional_special_tokens": additional}
@@ -98,11 +110,29 @@ def from_nemo2(node: Any, origin: str) -> TokenizerDescription | None:
             legacy=bool(node.get("legacy", False)),
             special_tokens=node.get("special_tokens") or {},
         )
+    if target == "TiktokenTokenizer":
+        return TokenizerDescription(
+            library="tiktoken",
+            source=node.get("vocab_file"),
+            origin=origin,
+            special_tokens=node.get("special_tokens") or [],
+            options=_tiktoken_options(node),
+        )
     if target == "get_nmt_tokenizer":
         names = {"type": "model_name", "model": "tokenizer_model", "sentencepiece_legacy": "legacy"}
         renamed = dict(node) | {key: node.get(name) for key, name in names.items()}
         return from_nemo1({"tokenizer": {"library": "sentencepiece"} | renamed}, origin)
     return TokenizerDescription(library=target, source=None, origin=origin)
+
+
+def from_huggingface(directory: Path) -> TokenizerDescription | None:
+    """From the files of a Hugging Face directory; None when there is no tokenizer."""
+    path = os.path.abspath(directory)
+    if any((directory / name).is_file() for name in _HF_FILES):
+        return TokenizerDescription(library="huggingface", source=path, origin=path)
+    if (directory / "tokenizer.model").is_file():
+        return TokenizerDescription(library="sentencepiece", source=os.path.join(path, "tokenizer.model"), origin=path)
+    return None
 
 
 def override(library: str | None, type: str | None, model: str | None) -> TokenizerDescription | None:
@@ -113,7 +143,7 @@ def override(library: str | None, type: str | None, model: str | None) -> Tokeni
     if not (library or type or model):
         return None
     library = library or ("sentencepiece" if model and not type else "huggingface")
-    source, key = (model, "model") if library == "sentencepiece" else (type, "type")
+    source, key = (type, "type") if library == "huggingface" else (model, "model")
     if not source:
         raise ConfigError(f"model.tokenizer.library: {library} needs model.tokenizer.{key} as well.")
     return TokenizerDescription(library=library, source=source, origin=f"model.tokenizer.{key}")

@@ -76,6 +76,6 @@ def _chat_prompt_tokens(section: Section) -> ChatPromptTokens:
 
 def parse_tokenizer(section: Section) -> TokenizerConfig | None:
     """`model.tokenizer`; None for the checkpoint's own. Raises ConfigError."""
-    library = section.choice("library", ("huggingface", "sentencepiece"), None)
+    library = section.choice("library", ("huggingface", "sentencepiece", "tiktoken"), None)
     kind, model = section.text("type", None), section.text("model", None)
     return TokenizerConfig(library, kind, model) if library or kind or model else None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import Workers
 from test_checkpoints import logits
-from torch import Tensor
 
 from nemo_spin.checkpoint.architecture import Architecture
+from nemo_spin.checkpoint.huggingface_weights import HuggingFaceStore
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
 from nemo_spin.checkpoint.nemo2 import architecture_from_nemo2
 from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
+from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.megatron.gpt import build_gpt
 
 ROWS, HIDDEN, HEADS, GROUPS = 50, 32, 4, 2
@@ -123,54 +125,15 @@ def nemotron() -> tuple[Any, Architecture]:
     )
 
 
-def convert(weights: dict[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """Weights under transformers' names -> under those of megatron-core's local layers."""
-    head_dim = architecture.transformer["kv_channels"]
-
-    def grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        parts = [part.reshape(GROUPS, -1, head_dim, *part.shape[1:]) for part in (query, key, value)]
-        return torch.cat(parts, dim=1).reshape(-1, *query.shape[1:])
-
-    found = {
-        "embedding.word_embeddings.weight": weights["model.embed_tokens.weight"],
-        "decoder.final_layernorm.weight": weights["model.norm.weight"],
-    }
-    if not architecture.share_embeddings_and_output_weights:
-        found["output_layer.weight"] = weights["lm_head.weight"]
-    if "model.norm.bias" in weights:
-        found["decoder.final_layernorm.bias"] = weights["model.norm.bias"]
-    for index in range(architecture.transformer["num_layers"]):
-        old, new = f"model.layers.{index}.", f"decoder.layers.{index}."
-        for kind in ("weight", "bias"):
-            names = [f"{old}self_attn.{which}_proj.{kind}" for which in "qkv"]
-            if names[0] in weights:
-                found[f"{new}self_attention.linear_qkv.{kind}"] = grouped(*(weights[name] for name in names))
-            for theirs, ours in (
-                ("input_layernorm", "input_layernorm"),
-                ("post_attention_layernorm", "pre_mlp_layernorm"),
-                ("self_attn.q_norm", "self_attention.q_layernorm"),
-                ("self_attn.k_norm", "self_attention.k_layernorm"),
-            ):
-                if f"{old}{theirs}.{kind}" in weights:
-                    found[f"{new}{ours}.{kind}"] = weights[f"{old}{theirs}.{kind}"]
-        up = weights[f"{old}mlp.up_proj.weight"]
-        gate = weights.get(f"{old}mlp.gate_proj.weight")
-        found[f"{new}mlp.linear_fc1.weight"] = up if gate is None else torch.cat([gate, up])
-        found[f"{new}mlp.linear_fc2.weight"] = weights[f"{old}mlp.down_proj.weight"]
-        found[f"{new}self_attention.linear_proj.weight"] = weights[f"{old}self_attn.o_proj.weight"]
-    return found
-
-
 @torch.no_grad()
-def difference(make: Any) -> float:
+def difference(make: Any, directory: Path) -> float:
     torch.manual_seed(0)
     theirs, architecture = make()
     for parameter in theirs.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
+    theirs.save_pretrained(directory)
     ours = build_gpt(architecture, "32")
-    result = ours.load_state_dict(convert(theirs.state_dict(), architecture), strict=False)
-    assert not result.unexpected_keys
-    assert all(name.endswith("_extra_state") for name in result.missing_keys)
+    load_weights(ours, HuggingFaceStore(directory, architecture, "it"), "it")
     ids = torch.randint(0, ROWS, (2, 40))
     found = logits(ours, ids)
     assert found is not None
@@ -178,5 +141,5 @@ def difference(make: Any) -> float:
 
 
 @pytest.mark.parametrize("make", [llama31, llama32, qwen2, qwen3, nemotron])
-def test_logits_are_those_of_transformers(workers: Workers, make: Any) -> None:
-    assert workers.run(difference, make)[0] < 1e-4
+def test_logits_are_those_of_transformers(workers: Workers, tmp_path: Path, make: Any) -> None:
+    assert workers.run(difference, make, tmp_path)[0] < 1e-4

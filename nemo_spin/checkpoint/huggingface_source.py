@@ -1,0 +1,46 @@
+"""Opening a Hugging Face directory: `config.json`, safetensors and tokenizer files, or a model of the hub's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_spin.checkpoint import tokenizer_description
+from nemo_spin.checkpoint.huggingface import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    architecture_from_huggingface,
+    read_huggingface_config,
+)
+from nemo_spin.checkpoint.huggingface_weights import HuggingFaceStore
+from nemo_spin.checkpoint.source import CheckpointSource
+
+
+def is_huggingface_directory(path: Path) -> bool:
+    """Whether it is a model, an adapter (which `open_directory` refuses), or a model of the hub's cache."""
+    return any((_snapshot(path) / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+
+
+def open_directory(path: Path) -> CheckpointSource:
+    """A Hugging Face directory. Raises CheckpointError, also for a model that is not supported."""
+    root = _snapshot(path)
+    config = read_huggingface_config(root, str(path))
+    architecture = architecture_from_huggingface(config, f"{path}: {CONFIG}")
+    return CheckpointSource(
+        root,
+        "huggingface",
+        "safetensors",
+        config,
+        tokenizer_description.from_huggingface(root),
+        root,
+        chosen=None if root == path else f"{root.name} is used, the version that refs/main in {path} names.",
+        _store=HuggingFaceStore(root, architecture, str(path)),
+        _architecture=lambda vocab_size: architecture,
+    )
+
+
+def _snapshot(path: Path) -> Path:
+    """Where the files are: in the hub's cache (models--OWNER--NAME) a level deeper, one directory for each version."""
+    current = path / "refs" / "main"
+    if not current.is_file():
+        return path
+    return path / "snapshots" / current.read_text(encoding="utf-8").strip()

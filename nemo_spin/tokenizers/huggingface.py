@@ -1,0 +1,153 @@
+"""Tokenizers of transformers."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.checkpoint.tokenizer_description import HF_ROLES, OVERRIDE_HINT, TokenizerDescription
+from nemo_spin.errors import CheckpointError
+from nemo_spin.tokenizers.base import NeMoTokenizer, one_line
+
+# What a tokenizer may consist of; other files beside it (weights, model cards) are not its own.
+_FILES = (
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "spiece.model",
+    "sentencepiece*.model",
+)
+_NEMO2_TARGET = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
+
+
+class HuggingFaceTokenizer(NeMoTokenizer):
+    packages = ("transformers", "tokenizers")
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def id_of(self, token: str) -> int | None:
+        return self._tokenizer.tokenizer.get_vocab().get(token)
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        self._write_files(directory / "tokenizer")
+        node: dict[str, Any] = {"library": "huggingface", "model": None}
+        if self._description.special_tokens:
+            node["special_tokens"] = self._description.special_tokens
+        if self._description.chat_template:
+            node["chat_template"] = self._description.chat_template
+        return node | {"type": "nemo:tokenizer", "use_fast": self._description.use_fast}
+
+    def save_nemo2(self, directory: Path) -> dict[str, Any]:
+        self._write_files(directory / "nemo_tokenizer")
+        special_tokens = self._description.special_tokens
+        if isinstance(special_tokens, list):
+            special_tokens = {"additional_special_tokens": special_tokens}
+        roles = {role: special_tokens.get(role) for role in HF_ROLES}
+        return {
+            "_target_": _NEMO2_TARGET,
+            "additional_special_tokens": list(special_tokens.get("additional_special_tokens", [])),
+            "chat_template": self._description.chat_template,
+            "include_special_tokens": False,
+            "merges_file": None,
+            "pretrained_model_name": "nemo_tokenizer",
+            "trust_remote_code": False,
+            "use_fast": self._description.use_fast,
+            "vocab_file": None,
+            **roles,
+        }
+
+    def save_huggingface(self, directory: Path) -> str | None:
+        if self._description.special_tokens or self._description.chat_template:
+            # What the checkpoint's configuration adds to the files is in no file yet.
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, content in _saved_files(self._tokenizer).items():
+                (directory / name).write_bytes(content)
+        else:
+            self._write_files(directory)
+        return None
+
+    def _write_files(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
+
+    def _special_id(self, role: str) -> int | None:
+        found = getattr(self._tokenizer, f"{role}_id")
+        return None if found is None or found < 0 else int(found)
+
+    def _vocab_size(self) -> int:
+        return max(len(self._tokenizer.tokenizer), 1 + max(self._tokenizer.tokenizer.get_vocab().values()))
+
+    def _has_chat_template(self) -> bool:
+        return bool(self._tokenizer.tokenizer.chat_template)
+
+    def _apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return self._tokenizer.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+
+
+def build(description: TokenizerDescription, local: Path | None) -> HuggingFaceTokenizer:
+    """local: the directory on this machine; None to look the name up in the hub's cache. Raises CheckpointError."""
+    source = str(local or description.source or "")
+    if local is None and (not source or source.startswith(("nemo:", "/", ".", "~"))):
+        raise CheckpointError(
+            f"{description.origin} names the tokenizer {description.source}, which is not there: {OVERRIDE_HINT}."
+        )
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    special_tokens = description.special_tokens
+    if isinstance(special_tokens, list):
+        special_tokens = {"additional_special_tokens": special_tokens}
+    try:
+        tokenizer = AutoTokenizer(
+            source,
+            use_fast=description.use_fast,
+            trust_remote_code=False,
+            chat_template=description.chat_template,
+            **special_tokens,
+        )
+    except Exception as error:
+        only_named = "" if local else ", which is given by name only and is not in the local cache,"
+        raise CheckpointError(
+            f"The Hugging Face tokenizer {source} of {description.origin}{only_named} cannot be loaded "
+            f"({one_line(error)[:200]}): {OVERRIDE_HINT}."
+        ) from None
+    return HuggingFaceTokenizer(tokenizer, description, _files(tokenizer, local))
+
+
+def _files(tokenizer: Any, local: Path | None) -> dict[str, bytes]:
+    if local is not None and local.is_dir():
+        found = {path for pattern in _FILES for path in local.glob(pattern) if path.is_file()}
+        return {path.name: path.read_bytes() for path in sorted(found)}
+    return _saved_files(tokenizer)
+
+
+def _saved_files(tokenizer: Any) -> dict[str, bytes]:
+    """Name -> content of what transformers saves, in a form that its versions from 4.48 on read."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        settings = Path(directory) / "tokenizer_config.json"
+        if settings.is_file():
+            settings.write_text(json.dumps(_for_all_versions(json.loads(settings.read_text())), indent=2) + "\n")
+        return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
+
+
+def _for_all_versions(settings: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes a class and a list that 4 does not know; it reads their older names as well."""
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return settings
