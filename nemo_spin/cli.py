@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import nemo_spin.quiet  # noqa: F401
-from nemo_spin.commands import data, doctor, generate, report, score, train
+from nemo_spin.commands import convert, data, doctor, generate, inspect, report, score, train
 
-COMMANDS = (train, data, generate, score, report, doctor)
+COMMANDS = (train, data, generate, score, report, inspect, convert, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

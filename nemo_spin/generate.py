@@ -65,10 +65,13 @@ class GenerateConfig:
 class Request:
     """What there is to do.
 
-    stop_ids: where a response ends, beside end strings. settings: what its responses depend on, beside the prompts.
+    checkpoint: the one that is used; chosen says so where it is one of several. stop_ids: where a response ends, beside
+    end strings. settings: what its responses depend on, beside the prompts.
     found: what an earlier run has left.
     """
 
+    checkpoint: str
+    chosen: str | None
     prompts: list[Prompt]
     report: LoadReport
     stop_ids: frozenset[int]
@@ -85,14 +88,15 @@ def preflight(cfg: GenerateConfig) -> Request:
     with open_checkpoint(cfg.checkpoint) as source:
         tokenizer = restore_tokenizer(source, None)
         architecture = source.architecture(tokenizer.vocab_size)
-    check_tokenizer_fits(tokenizer, architecture.vocab_rows, cfg.checkpoint)
+    checkpoint = str(source.path)
+    check_tokenizer_fits(tokenizer, architecture.vocab_rows, checkpoint)
     check_layout(architecture, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, False)
     encoder = RecordEncoder(tokenizer, **cfg.record_options)
     prompts, report = read_prompts(cfg.prompts, encoder, architecture.max_sequence_length, cfg.on_bad_record)
     stop_ids = encoder.stop_ids(report.formats)
     settings = {
-        "checkpoint": os.path.abspath(cfg.checkpoint),
-        "checkpoint_fingerprint": fingerprint(cfg.checkpoint),
+        "checkpoint": os.path.abspath(checkpoint),
+        "checkpoint_fingerprint": fingerprint(checkpoint),
         "precision": cfg.precision,
         "seed": cfg.seed,
         "iteration": cfg.iteration,
@@ -102,7 +106,7 @@ def preflight(cfg: GenerateConfig) -> Request:
         **dataclasses.asdict(cfg.sampling),
     }
     found = Found() if cfg.overwrite else find_responses(cfg.output, settings, prompts, cfg.num_samples)
-    return Request(prompts, report, stop_ids, settings, found)
+    return Request(checkpoint, source.chosen, prompts, report, stop_ids, settings, found)
 
 
 def generate(cfg: GenerateConfig) -> None:
@@ -116,6 +120,8 @@ def generate(cfg: GenerateConfig) -> None:
     is_main = int(os.environ.get("RANK", "0")) == 0
     total, done = len(request.prompts) * cfg.num_samples, len(request.found.done)
     if is_main:
+        if request.chosen:
+            print(f"{cfg.checkpoint}: {request.chosen}", file=sys.stderr)
         print(request.report, file=sys.stderr)
         if done:
             print(f"{cfg.output}: {done} of {total} responses are there already", file=sys.stderr, flush=True)
@@ -128,7 +134,7 @@ def generate(cfg: GenerateConfig) -> None:
             "tensor_model_parallel_size": cfg.tensor_model_parallel_size,
             "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
         }
-        model = MegatronGPTSPINModel.restore_from(cfg.checkpoint, override_config_path=OmegaConf.create(options))
+        model = MegatronGPTSPINModel.restore_from(request.checkpoint, override_config_path=OmegaConf.create(options))
         respond(model, cfg, request, is_main)
     finally:
         setup.shutdown()

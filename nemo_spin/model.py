@@ -26,6 +26,7 @@ from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
 from nemo_spin.errors import UserError
+from nemo_spin.export import Content, LiveWeights
 from nemo_spin.generation.end_strings import ends_with_any
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron import setup, steps
@@ -238,6 +239,16 @@ class MegatronGPTSPINModel(ModelPT):
             self.reference.refresh()
         if mid_iteration:
             self.reference.policy_moved()
+
+    def content(self) -> Content:
+        """What `export.export` writes, in any format; every process calls that."""
+        own = {key: self._cfg[key] for key in ("target", "nemo_version", "spin", "optim", "seed") if key in self._cfg}
+        return Content(
+            self.architecture,
+            LiveWeights(self.gpt, self.architecture),
+            self.tokenizer,
+            nemo_config=OmegaConf.to_container(OmegaConf.create(own), resolve=True),
+        )
 
     @classmethod
     def restore_from(cls, restore_path: str, *args: Any, save_restore_connector: Any = None, **kwargs: Any) -> Any:

@@ -15,8 +15,10 @@ from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, r
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, UserError
+from nemo_spin.export import check_expressible, export
 from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
+from nemo_spin.megatron.gpt import DTYPES
 from nemo_spin.memory import MemoryEstimate, check_fits, estimate
 from nemo_spin.model import MegatronGPTSPINModel, restore_tokenizer
 from nemo_spin.report import write_report
@@ -25,16 +27,21 @@ from nemo_spin.time_limit import TimeLimit
 from nemo_spin.tokenizers import check_tokenizer_fits
 from nemo_spin.trainer import SPINTrainer
 
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+
 
 @dataclass(frozen=True)
 class Inputs:
     """Everything a run needs before its weights: checked, and nothing written yet.
 
-    context_length: most tokens of prompt and response. run_dir: where the run writes. resume_from: the checkpoint to
-    go on from, if any. memory: what each device will hold.
+    checkpoint: the SFT model; chosen says so where it is one of several. run_dir: where the run writes. resume_from:
+    the checkpoint to go on from, if any. context_length: most tokens of prompt and response. memory: what each device
+    will hold.
     """
 
     cfg: SpinConfig
+    checkpoint: Path
+    chosen: str | None
     run_dir: Path
     resume_from: Path | None
     context_length: int
@@ -46,7 +53,8 @@ class Inputs:
 def preflight(cfg: DictConfig) -> Inputs:
     """Read configuration, the checkpoint's description and the data; load no weights, write nothing.
 
-    cfg gets the length and the layout that it leaves open, so that what refers to them has a value.
+    cfg gets the length and the layout that it leaves open, those of the checkpoint, so that what refers to them has a
+    value.
     Raises UserError for the first thing that cannot be used.
     """
     spin = parse_config(cfg)
@@ -55,20 +63,20 @@ def preflight(cfg: DictConfig) -> Inputs:
     with open_checkpoint(spin.restore_from_path) as source:
         tokenizer = restore_tokenizer(source, spin.tokenizer and dataclasses.asdict(spin.tokenizer))
         architecture = source.architecture(tokenizer.vocab_size)
-    check_tokenizer_fits(tokenizer, architecture.vocab_rows, spin.restore_from_path)
-    parallel = spin.parallel
-    check_layout(
-        architecture,
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.sequence_parallel,
-    )
+    check_tokenizer_fits(tokenizer, architecture.vocab_rows, str(source.path))
     context_length = spin.encoder_seq_length or architecture.max_sequence_length
     with open_dict(cfg):
         cfg.model.encoder_seq_length = context_length
-        cfg.model.tensor_model_parallel_size = parallel.tensor_model_parallel_size
-        cfg.model.pipeline_model_parallel_size = parallel.pipeline_model_parallel_size
+        for key, of_checkpoint in zip(_SIZES, source.trained_layout or (1, 1), strict=True):
+            if cfg.model.get(key) is None:
+                cfg.model[key] = of_checkpoint
     spin = parse_config(cfg)
+    check_layout(
+        architecture,
+        spin.parallel.tensor_model_parallel_size,
+        spin.parallel.pipeline_model_parallel_size,
+        spin.parallel.sequence_parallel,
+    )
     if architecture.position_embedding_type == "learned_absolute" and context_length > architecture.max_sequence_length:
         raise ConfigError(
             f"model.encoder_seq_length {context_length} is more than the {architecture.max_sequence_length} positions "
@@ -82,10 +90,12 @@ def preflight(cfg: DictConfig) -> Inputs:
             'examples of model.data.train_ds have no generated response: use {"real", "generated"} records, or set it '
             "to false."
         )
+    for file_format in spin.checkpoint.formats_on_train_end:
+        check_expressible(architecture, DTYPES[spin.precision], file_format)
     memory = estimate(architecture, spin, train.longest, context_length, len(train))
     check_fits(memory, spin)
     experiment.check_loggers(cfg.exp_manager)
-    return Inputs(spin, run_dir, resume_from, context_length, train, validation, memory)
+    return Inputs(spin, source.path, source.chosen, run_dir, resume_from, context_length, train, validation, memory)
 
 
 def _load(cfg: DatasetConfig, tokenizer: TextTokenizer, context_length: int) -> SFTDataset:
@@ -107,10 +117,10 @@ def _load(cfg: DatasetConfig, tokenizer: TextTokenizer, context_length: int) -> 
     )
 
 
-def train(cfg: DictConfig) -> Path | None:
+def train(cfg: DictConfig) -> list[Path]:
     """Run self-play training in this process, one of those that were started for it; begins with `preflight`.
 
-    Returns the path of the resulting `.nemo`, or None if none was asked for.
+    Returns the paths of the checkpoints that were asked for at its end.
     """
     notes = notices(resolved(cfg))
     inputs = preflight(cfg)
@@ -124,13 +134,15 @@ def train(cfg: DictConfig) -> Path | None:
         reporter = Reporter(is_main(), log)
         for note in notes:
             reporter.say(f"note: {note}")
+        if inputs.chosen:
+            reporter.say(f"{spin.restore_from_path}: {inputs.chosen}")
         reporter.say(f"Layout: {parallel}; {inputs.memory}")
         for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
             for report in dataset.reports:
                 reporter.say(str(report))
         with open_dict(cfg):
             cfg.model.precision = spin.precision
-        model = MegatronGPTSPINModel.restore_from(spin.restore_from_path, override_config_path=cfg.model)
+        model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=cfg.model)
         model.prepare_training(spin, inputs.context_length, inputs.train_dataset.stop_ids)
         trainer = SPINTrainer(
             spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, time_limit
@@ -138,9 +150,9 @@ def train(cfg: DictConfig) -> Path | None:
         if inputs.resume_from is not None:
             trainer.resume(inputs.resume_from)
             reporter.say(f"Resumed from {inputs.resume_from}")
-        nemo = None
+        saved: list[Path] = []
         if trainer.fit():
-            nemo = _save_result(cfg, inputs, model, trainer, reporter)
+            saved = _save_results(cfg, inputs, model, trainer, reporter)
         else:
             reporter.say(
                 f"exp_manager.max_time_per_run is up: saved after step {trainer.progress.step}. The same command, with "
@@ -148,25 +160,28 @@ def train(cfg: DictConfig) -> Path | None:
             )
         _write_report(inputs.run_dir, reporter)
         succeeded = True
-        return nemo
+        return saved
     finally:
         if log is not None:
             log.finish(succeeded)
         setup.shutdown()
 
 
-def _save_result(
+def _save_results(
     cfg: DictConfig, inputs: Inputs, model: MegatronGPTSPINModel, trainer: SPINTrainer, reporter: Reporter
-) -> Path | None:
+) -> list[Path]:
     if best := trainer.checkpoints.best():
         checkpoint, value = best
         reporter.say(f"Best {inputs.cfg.checkpoint.monitor}: {value:.4f}, {checkpoint}")
-    if not inputs.cfg.checkpoint.save_nemo_on_train_end:
-        return None
-    path = inputs.run_dir / "checkpoints" / f"{cfg.exp_manager.get('name') or 'megatron_gpt_spin'}.nemo"
-    model.save_to(path)
-    reporter.say(f"Saved {path}")
-    return path
+    name = cfg.exp_manager.get("name") or "megatron_gpt_spin"
+    saved = []
+    for file_format in inputs.cfg.checkpoint.formats_on_train_end:
+        path = inputs.run_dir / "checkpoints" / (f"{name}.nemo" if file_format == "nemo" else f"{name}-{file_format}")
+        for note in export(model.content(), path, file_format):
+            reporter.say(f"note: {path.name}: {note}")
+        reporter.say(f"Saved {path}")
+        saved.append(path)
+    return saved
 
 
 def _write_report(run_dir: Path, reporter: Reporter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -13,6 +14,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.data.formats import RecordEncoder
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError, UserError
@@ -42,6 +44,9 @@ def score(
     """
     _check_paths(data, output)
     main = is_main()
+    with open_checkpoint(checkpoint) as source:
+        if source.chosen and main:
+            print(f"{checkpoint}: {source.chosen}", file=sys.stderr)
     setup.initialize(tensor_model_parallel_size, pipeline_model_parallel_size, seed=0)
     try:
         options = {
@@ -49,7 +54,7 @@ def score(
             "tensor_model_parallel_size": tensor_model_parallel_size,
             "pipeline_model_parallel_size": pipeline_model_parallel_size,
         }
-        model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=OmegaConf.create(options))
+        model = MegatronGPTSPINModel.restore_from(str(source.path), override_config_path=OmegaConf.create(options))
         encoder = RecordEncoder(model.tokenizer, **record_options)
         # All lines are checked before the first is scored.
         lines = [_encode(encoder, record, where, model) for where, record in read_records(data)]

@@ -25,6 +25,7 @@ def open_directory(path: Path) -> CheckpointSource:
     root = _snapshot(path)
     config = read_huggingface_config(root, str(path))
     architecture = architecture_from_huggingface(config, f"{path}: {CONFIG}")
+    version = config.get("transformers_version")
     return CheckpointSource(
         root,
         "huggingface",
@@ -33,6 +34,7 @@ def open_directory(path: Path) -> CheckpointSource:
         tokenizer_description.from_huggingface(root),
         root,
         chosen=None if root == path else f"{root.name} is used, the version that refs/main in {path} names.",
+        written_by=f"transformers {version}" if version else None,
         _store=HuggingFaceStore(root, architecture, str(path)),
         _architecture=lambda vocab_size: architecture,
     )

@@ -12,7 +12,7 @@ from nemo_spin.checkpoint import megatron_args, megatron_bridge
 from nemo_spin.checkpoint.common_state import read_common_state
 from nemo_spin.checkpoint.megatron_directory import RUN_CONFIG, Iteration
 from nemo_spin.checkpoint.megatron_tokenizer import from_megatron
-from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore, read_backend
 from nemo_spin.checkpoint.weight_store import WeightStore
 from nemo_spin.checkpoint.zarr_store import ZarrStore
@@ -41,6 +41,7 @@ def open_iteration(found: Iteration) -> CheckpointSource:
         tokenizer,
         path,
         chosen=found.notice,
+        trained_layout=layout_in(config.get("model") or {} if family == "bridge" else config),
         _store=store,
         _architecture=lambda vocab_size: make(config, store.tensors, vocab_size, where),
     )

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_spin.checkpoint import nemo1, nemo_archive, tokenizer_description
-from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.checkpoint.weight_store import WeightStore
 from nemo_spin.checkpoint.zarr_store import ZarrStore, is_zarr
@@ -76,6 +76,7 @@ def _source(path: Path, files: Path, sizes: Mapping[str, int] | None) -> Checkpo
         tokenizer,
         files,
         written_by=f"NeMo {config['nemo_version']}" if config.get("nemo_version") else None,
+        trained_layout=layout_in(config),
         _store=store,
         _architecture=lambda vocab_size: nemo1.architecture_from_nemo1(
             config, store.tensors, vocab_size, f"{path}: {nemo_archive.CONFIG}"

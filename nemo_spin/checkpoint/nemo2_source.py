@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from nemo_spin.checkpoint import nemo2, tokenizer_description
-from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.errors import CheckpointError
 
@@ -46,6 +46,7 @@ def open_directory(path: Path) -> CheckpointSource:
         config,
         tokenizer_description.from_nemo2(config.get("tokenizer"), str(path)),
         description.parent,
+        trained_layout=layout_in(config.get("config") or {}),
         _store=store,
         _architecture=lambda vocab_size: nemo2.architecture_from_nemo2(
             config, store.tensors, vocab_size, f"{path}: context/model.yaml"

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_spin.checkpoint import nemo1_source, nemo2_source, nemo_archive
+from nemo_spin.checkpoint import huggingface_source, megatron_source, nemo1_source, nemo2_source, nemo_archive
+from nemo_spin.checkpoint.megatron_directory import find_iteration
 from nemo_spin.checkpoint.source import CheckpointSource
 from nemo_spin.errors import CheckpointError
 
@@ -45,18 +46,18 @@ def _open_directory(path: Path) -> CheckpointSource:
         return nemo1_source.open_directory(path)
     if nemo2_source.is_nemo2_directory(path):
         return nemo2_source.open_directory(path)
+    if huggingface_source.is_huggingface_directory(path):
+        return huggingface_source.open_directory(path)
+    if iteration := find_iteration(path):
+        return megatron_source.open_iteration(iteration)
     if newest := nemo2_source.newest_in(path):
         source = nemo2_source.open_directory(newest[0])
         source.chosen = newest[1]
         return source
-    if (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path} is a Hugging Face model: convert it to NeMo first (NeMo 2's llm.import_ckpt), and give the result."
-        )
     if (path / ".metadata").is_file() or (path / "weights").is_dir():
         raise CheckpointError(
-            f"{path} holds weights, but no configuration of the model (context/model.yaml or "
-            f"{nemo_archive.CONFIG}): {_EXPECTED}."
+            f"{path} holds weights, but no configuration of the model (context/model.yaml, {nemo_archive.CONFIG}, or "
+            f"the parent directory iter_* of Megatron): {_EXPECTED}."
         )
     archives = sorted(file.name for file in path.glob("*.nemo"))
     if archives:

@@ -26,6 +26,7 @@ class CheckpointSource:
     layout: how the weights are stored: "torch_dist", "zarr" or "safetensors".
     config: the family's configuration, plain data. tokenizer: as the configuration describes it, None where it does
     not. files_dir: where its files are. written_by: the program and its version, as far as the checkpoint says.
+    trained_layout: tensor- and pipeline-parallel size of the run that wrote it, as far as it says.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class CheckpointSource:
     tokenizer: TokenizerDescription | None
     files_dir: Path
     written_by: str | None = field(default=None, kw_only=True)
+    trained_layout: tuple[int, int] | None = field(default=None, kw_only=True)
     chosen: str | None = field(default=None, kw_only=True)
     _store: WeightStore = field(repr=False, kw_only=True)
     # vocab_size -> the architecture that the configuration describes
@@ -66,6 +68,12 @@ class CheckpointSource:
             self._store = self._store_in(_once_per_machine(self._unpack))
             self._unpack = None
         return self._store
+
+
+def layout_in(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(tensor_model_parallel_size, pipeline_model_parallel_size), which NeMo and Megatron call the same."""
+    sizes = tuple(config.get(f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline"))
+    return sizes if all(type(size) is int and size > 0 for size in sizes) else None
 
 
 def _once_per_machine(extract: Callable[[], Path]) -> Path:

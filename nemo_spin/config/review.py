@@ -80,10 +80,10 @@ def notices(cfg: Mapping[str, Any]) -> list[str]:
 
 
 def sizes_not_given(cfg: Mapping[str, Any]) -> list[str]:
-    """A line if the layout is left open: NeMo-Aligner then takes the checkpoint's."""
+    """A line if the layout is left open."""
     sizes = [key for key in _SIZES if at(cfg, key) is None]
     verb = "is" if len(sizes) == 1 else "are"
-    taken = "not given: 1 is taken, whatever layout the checkpoint was trained with"
+    taken = "not given: the checkpoint's is taken, as NeMo-Aligner does, and 1 where it has none"
     return [f"{_listed(sizes)} {verb} {taken}"] if sizes else []
 
 

@@ -244,6 +244,17 @@ class CheckpointConfig:
     save_megatron_on_train_end: bool
     save_hf_on_train_end: bool
 
+    @property
+    def formats_on_train_end(self) -> list[str]:
+        """The formats, as `nemo-spin convert` calls them, that the trained policy is written in."""
+        wanted = {
+            "nemo": self.save_nemo_on_train_end,
+            "nemo2": self.save_nemo2_on_train_end,
+            "megatron": self.save_megatron_on_train_end,
+            "hf": self.save_hf_on_train_end,
+        }
+        return [file_format for file_format, is_wanted in wanted.items() if is_wanted]
+
 
 @dataclass(frozen=True, slots=True)
 class SpinConfig:

@@ -34,7 +34,7 @@ def build_tokenizer(description: TokenizerDescription | None, base_dir: str | Pa
             f"{description.origin} asks for a tokenizer of the kind {description.library}, which is not supported: "
             f"{OVERRIDE_HINT}."
         )
-    return _BUILDERS[description.library](description, _local(description, base_dir))
+    return _BUILDERS[description.library](description, local_path(description, base_dir))
 
 
 def check_tokenizer_fits(tokenizer: Any, vocab_rows: int, origin: str) -> None:
@@ -49,7 +49,7 @@ def check_tokenizer_fits(tokenizer: Any, vocab_rows: int, origin: str) -> None:
         )
 
 
-def _local(description: TokenizerDescription, base_dir: str | Path | None) -> Path | None:
+def local_path(description: TokenizerDescription, base_dir: str | Path | None) -> Path | None:
     """The file or directory that the description names, if it is on this machine."""
     source = (description.source or "").removeprefix("nemo:")
     if not source:

@@ -98,7 +98,9 @@ def read(interpreter: Path, family: str, checkpoint: Made, case: dict[str, Any],
 def table(rows: list[list[str]]) -> str:
     rows = [["reader", "checkpoint", "what was exercised", "largest difference", "result"], *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

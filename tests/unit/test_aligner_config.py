@@ -217,4 +217,4 @@ def test_lengths_and_layouts_that_the_checkpoint_says() -> None:
     assert parse_config(cfg).spin.length_params.max_length == 50
     assert resolved(cfg)["exp_manager"]["checkpoint_callback_params"]["model_parallel_size"] is None
     (note,) = [line for line in notices(resolved(cfg)) if "not given" in line]
-    assert note.startswith("model.pipeline_model_parallel_size is not given: 1 is taken")
+    assert note.startswith("model.pipeline_model_parallel_size is not given: the checkpoint's is taken")

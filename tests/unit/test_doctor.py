@@ -124,7 +124,7 @@ def test_a_configuration_of_nemo_aligner(capsys: pytest.CaptureFixture[str]) -> 
     assert keys["model.spin.rollout_micro_batch_size"]["says"] == "model.spin.rollout_batch_size = 4"
     assert keys["model.spin.offload_adam_states"]["verdict"] == "no effect"
     assert keys["model.spin.length_params.max_length"]["says"] == "with the length that the checkpoint says"
-    assert "model.tensor_model_parallel_size" not in keys and "1 is taken" in config["notes"][0]
+    assert "model.tensor_model_parallel_size" not in keys and "the checkpoint's is taken" in config["notes"][0]
 
 
 def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,9 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "__init__.py errors.py losses.py pairs.py progress.py plan.py timing.py response_file.py config data",
         "megatron generation checkpoint reference.py rollouts.py rollout_store.py memory.py time_limit.py",
-        "model.py trainer.py validation.py tokenizers archive.py reporting.py metrics_log.py",
-        "run.py experiment.py score.py generate.py data_view.py doctor.py environment.py launch.py cli.py commands "
-        "quiet.py report",
+        "model.py trainer.py validation.py tokenizers archive.py export.py reporting.py metrics_log.py",
+        "run.py experiment.py score.py generate.py data_view.py inspection.py convert.py doctor.py environment.py "
+        "launch.py cli.py commands quiet.py report",
     )
 )
 FORBIDDEN = (NEMO | MEGATRON, NEMO, set(), set())

@@ -1,0 +1,77 @@
+"""`nemo-spin convert`: a checkpoint of any family, written as one of another, a piece in memory at a time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.checkpoint.tokenizer_description import override
+from nemo_spin.checkpoint.weight_store import EMBEDDING, Region, WeightStore
+from nemo_spin.errors import CheckpointError
+from nemo_spin.export import Content, StoredWeights, check_expressible, check_target, export
+from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    file_format: str,
+    *,
+    tokenizer_path: str | None = None,
+    with_tokenizer: bool = True,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write the checkpoint at `source` to `target` as `file_format` (one of `export.FORMATS`); nothing else is kept.
+
+    Weights keep their bits and their dtypes; the embedding loses padding rows only in Hugging Face's format, which has
+    no word for them. tokenizer_path: Hugging Face directory or sentencepiece file, in place of the checkpoint's own.
+
+    Returns what the user should know of the result, in sentences. Raises UserError in one sentence.
+    """
+    target = Path(target).expanduser()
+    check_target(target, file_format, overwrite)
+    with open_checkpoint(source) as opened:
+        notes = [opened.chosen] if opened.chosen else []
+        tokenizer = _tokenizer(opened, tokenizer_path) if with_tokenizer else None
+        architecture = opened.architecture(tokenizer.vocab_size if tokenizer else None)
+        if tokenizer is not None:
+            check_tokenizer_fits(tokenizer, architecture.vocab_rows, str(source))
+        # Before an archive is unpacked.
+        check_expressible(architecture, opened.tensors[EMBEDDING].dtype, file_format)
+        with _Progress(opened.weights()) as store:
+            return notes + export(Content(architecture, StoredWeights(store), tokenizer), target, file_format)
+
+
+def _tokenizer(source: CheckpointSource, path: str | None) -> NeMoTokenizer:
+    try:
+        if path is not None:
+            return build_tokenizer(override(None, path, None) if Path(path).is_dir() else override(None, None, path))
+        return build_tokenizer(source.tokenizer, source.files_dir)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Or convert without one: --no-tokenizer.") from None
+
+
+class _Progress:
+    """A WeightStore that shows on the terminal how much of it has been read."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+        self.tensors = store.tensors
+        total = sum(tensor.numel * tensor.dtype.itemsize for tensor in store.tensors.values())
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False)
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        found = self._store.read(name, region)
+        self._bar.update(found.numel() * found.element_size())
+        return found
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

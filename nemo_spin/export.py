@@ -1,0 +1,239 @@
+"""Writing a model as a checkpoint that other tools read: NeMo 1, NeMo 2, Megatron or Hugging Face.
+
+The model is the checkpoint being converted, or the policy that was trained: one process that reads pieces of what is
+stored, or all processes of a run, each with its part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from omegaconf import OmegaConf
+
+from nemo_spin.checkpoint import megatron_args, megatron_directory, nemo1, nemo2, nemo2_context, nemo_archive
+from nemo_spin.checkpoint.architecture import Architecture
+from nemo_spin.checkpoint.huggingface_export import (
+    generation_config,
+    to_huggingface_config,
+    write_huggingface_weights,
+)
+from nemo_spin.checkpoint.megatron_tokenizer import FILES
+from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
+from nemo_spin.checkpoint.weight_store import EMBEDDING, WeightStore
+from nemo_spin.checkpoint.weights import save_weights
+from nemo_spin.errors import ConfigError
+from nemo_spin.tokenizers import NeMoTokenizer
+
+
+class Weights(Protocol):
+    """The weights of a model, to be written. Every process that has a part of them makes the same calls."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most of the parameters."""
+        ...
+
+    def write_torch_dist(self, directory: Path, prefix: str) -> None:
+        """As megatron-core's torch_dist, with `prefix` before the names."""
+        ...
+
+    def write_huggingface(self, directory: Path, architecture: Architecture) -> None:
+        """As safetensors files, under Hugging Face's names."""
+        ...
+
+
+class StoredWeights:
+    """Those of a checkpoint, in one process, a piece in memory at a time."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+        self.dtype = store.tensors[EMBEDDING].dtype
+
+    def write_torch_dist(self, directory: Path, prefix: str) -> None:
+        write_torch_dist(self._store, directory, prefix)
+
+    def write_huggingface(self, directory: Path, architecture: Architecture) -> None:
+        write_huggingface_weights(self._store, architecture, directory)
+
+
+class LiveWeights:
+    """Those of a model in its parallel layout; every process of the default group calls."""
+
+    def __init__(self, gpt: GPTModel, architecture: Architecture) -> None:
+        self._gpt, self._architecture = gpt, architecture
+        self.dtype = next(gpt.parameters()).dtype
+
+    def write_torch_dist(self, directory: Path, prefix: str) -> None:
+        save_weights(self._gpt, directory, self._architecture.vocab_rows, prefix)
+
+    def write_huggingface(self, directory: Path, architecture: Architecture) -> None:
+        gathered = directory / ".torch_dist"
+        self.write_torch_dist(gathered, nemo1.KEY_PREFIX)
+        store = TorchDistStore(gathered, nemo1.KEY_PREFIX, str(gathered))
+        write_huggingface_weights(store, architecture, directory, part=dist.get_rank(), parts=dist.get_world_size())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(gathered)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is made of.
+
+    tokenizer: None to leave it out. nemo_config: more keys of a `.nemo`'s model_config.yaml.
+    """
+
+    architecture: Architecture
+    weights: Weights
+    tokenizer: NeMoTokenizer | None
+    nemo_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.weights.dtype == torch.bfloat16 else "32"
+
+
+def check_expressible(architecture: Architecture, dtype: torch.dtype, file_format: str) -> None:
+    """Raises CheckpointError if the format cannot express the model, whose weights are stored as `dtype`."""
+    describe: dict[str, Callable[[], object]] = {
+        "nemo": lambda: nemo1.to_nemo1_config(architecture, "32"),
+        "nemo2": lambda: nemo2_context.describe_model(architecture, dtype, None),
+        "megatron": lambda: megatron_directory.common_state(architecture, dtype, None),
+        "hf": lambda: to_huggingface_config(architecture, dtype),
+    }
+    describe[file_format]()
+
+
+def check_target(target: Path, file_format: str, overwrite: bool) -> None:
+    """Raises ConfigError if a checkpoint of this format should not be written there."""
+    if file_format == "nemo" and target.suffix != ".nemo":
+        raise ConfigError(f"{target}: the name of a .nemo archive ends in .nemo; add it.")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} exists already: choose another place, or replace it with --overwrite.")
+
+
+def export(content: Content, target: Path, file_format: str) -> list[str]:
+    """Write `content` to `target`, replacing what is there; every process that has a part of the weights calls it.
+
+    It is built beside the target, synced and renamed: it is whole or not there. Returns what the user should know of
+    the result, in sentences. Raises CheckpointError if the format cannot express the model.
+    """
+    check_expressible(content.architecture, content.weights.dtype, file_format)
+    folder = target.with_name(f".unfinished-{target.name}.d")
+    try:
+        if _is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        _barrier()
+        notes = _WRITERS[file_format](content, folder, target)
+        _barrier()
+        if _is_main():
+            _publish(folder, target, file_format)
+        _barrier()
+        return notes
+    finally:
+        if _is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(folder: Path, target: Path, file_format: str) -> None:
+    if file_format == "nemo":
+        nemo_archive.pack(folder, target)
+        return
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+    if target.is_dir():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+    folder.rename(target)
+
+
+def _write_nemo(content: Content, folder: Path, target: Path) -> list[str]:
+    content.weights.write_torch_dist(folder / nemo_archive.WEIGHTS, nemo1.KEY_PREFIX)
+    if _is_main():
+        config = nemo1.to_nemo1_config(content.architecture, content.precision) | content.nemo_config
+        # Of the run that reads it, not of the one that wrote it.
+        config |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+        if content.tokenizer is not None:
+            config["tokenizer"] = content.tokenizer.save(folder)
+        # NeMo's own connector asks for a state_dict, which is empty beside torch_dist weights.
+        torch.save({}, folder / "model_weights.ckpt")
+        OmegaConf.save(OmegaConf.create(config), folder / nemo_archive.CONFIG)
+    return []
+
+
+def _write_nemo2(content: Content, folder: Path, target: Path) -> list[str]:
+    content.weights.write_torch_dist(folder / "weights", nemo2.KEY_PREFIX)
+    if _is_main():
+        node = content.tokenizer.save_nemo2(folder / "context") if content.tokenizer else None
+        nemo2_context.write_context(folder / "context", content.architecture, content.weights.dtype, node)
+    return []
+
+
+def _write_megatron(content: Content, folder: Path, target: Path) -> list[str]:
+    iteration = megatron_directory.iteration_directory(folder)
+    content.weights.write_torch_dist(iteration, megatron_args.KEY_PREFIX)
+    if _is_main():
+        place = _save_beside(content.tokenizer, iteration) if content.tokenizer else None
+        megatron_directory.write_megatron_directory(
+            folder, content.architecture, content.weights.dtype, place, final_root=target
+        )
+    return []
+
+
+def _save_beside(tokenizer: NeMoTokenizer, iteration: Path) -> tuple[str, str]:
+    """The library of the tokenizer, and where in the iteration its files are now."""
+    if tokenizer.library == "huggingface":
+        tokenizer.save_huggingface(iteration / FILES)
+        return tokenizer.library, FILES
+    node = tokenizer.save_nemo2(iteration / FILES)
+    return tokenizer.library, f"{FILES}/{node.get('model_path') or node['vocab_file']}"
+
+
+def _write_huggingface(content: Content, folder: Path, target: Path) -> list[str]:
+    architecture, tokenizer = content.architecture, content.tokenizer
+    content.weights.write_huggingface(folder, architecture)
+    notes = []
+    if _is_main():
+        ids = {}
+        if tokenizer is not None:
+            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            notes += filter(None, [tokenizer.save_huggingface(folder)])
+        config = to_huggingface_config(architecture, content.weights.dtype, **ids)
+        for name, values in {"config": config, "generation_config": generation_config(**ids)}.items():
+            (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        if padding := architecture.vocab_rows - architecture.vocab_size:
+            notes.append(
+                f"{padding} rows of padding after the {architecture.vocab_size} of the vocabulary are left out."
+            )
+    return notes
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+_WRITERS: dict[str, Callable[[Content, Path, Path], list[str]]] = {
+    "nemo": _write_nemo,
+    "nemo2": _write_nemo2,
+    "megatron": _write_megatron,
+    "hf": _write_huggingface,
+}
+FORMATS = tuple(_WRITERS)

@@ -1,0 +1,157 @@
+"""`nemo-spin inspect`: what a checkpoint is, from its descriptions alone; no weights are read.
+
+What keeps it from being used is a finding here, not an error: the rest is still shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.checkpoint.architecture import Architecture, check_layout
+from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.errors import CheckpointError, ConfigError
+from nemo_spin.tokenizers.build import local_path
+
+FAMILIES = {
+    "nemo1": "NeMo 1 .nemo",
+    "nemo2": "NeMo 2 directory",
+    "megatron": "Megatron-LM directory",
+    "bridge": "Megatron-Bridge directory",
+    "huggingface": "Hugging Face directory",
+}
+
+
+def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What is known of the checkpoint, as plain data for JSON; `problems` has what keeps it from being used.
+
+    Raises CheckpointError if there is none at `path`.
+    """
+    with open_checkpoint(path) as source:
+        tensors = source.tensors.values()
+        found: dict[str, Any] = {
+            "path": str(source.path),
+            "chosen": source.chosen,
+            "family": FAMILIES[source.family],
+            "layout": source.layout,
+            "written_by": source.written_by,
+            "parameters": sum(tensor.numel for tensor in tensors),
+            "precision": dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors).most_common()),
+            "bytes": sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors),
+            "architecture": None,
+            "layouts": None,
+            "tokenizer": _tokenizer(source),
+            "problems": [],
+        }
+        try:
+            architecture = source.architecture()
+        except CheckpointError as error:
+            found["problems"].append(str(error))
+        else:
+            found["architecture"] = _describe(architecture)
+            found["layouts"] = _layouts(architecture)
+        if found["tokenizer"] is None:
+            found["problems"].append("The checkpoint names no tokenizer: give one as model.tokenizer.")
+        elif not found["tokenizer"]["found"]:
+            found["problems"].append(
+                f"The tokenizer {found['tokenizer']['source']} is not among the checkpoint's files and has to be at "
+                "hand by this name, or given as model.tokenizer."
+            )
+    return found
+
+
+def _describe(architecture: Architecture) -> dict[str, Any]:
+    transformer = dict(architecture.transformer)
+    transformer["activation_func"] = transformer["activation_func"].__name__
+    outside = {name: value for name, value in vars(architecture).items() if name != "transformer"}
+    return transformer | outside
+
+
+def _layouts(architecture: Architecture) -> dict[str, list[int]]:
+    """Every tensor- and every pipeline-parallel size that divides the model; any of one goes with any of the other."""
+
+    def fits(tp: int, pp: int) -> bool:
+        try:
+            check_layout(architecture, tp, pp)
+        except ConfigError:
+            return False
+        return True
+
+    heads, layers = architecture.transformer["num_attention_heads"], architecture.transformer["num_layers"]
+    return {
+        "tensor_model_parallel_size": [tp for tp in range(1, heads + 1) if fits(tp, 1)],
+        "pipeline_model_parallel_size": [pp for pp in range(1, layers + 1) if fits(1, pp)],
+    }
+
+
+def _tokenizer(source: CheckpointSource) -> dict[str, Any] | None:
+    if source.tokenizer is None:
+        return None
+    return {
+        "library": source.tokenizer.library,
+        "source": source.tokenizer.source,
+        "found": local_path(source.tokenizer, source.files_dir) is not None,
+    }
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """For machines."""
+    return json.dumps(found, indent=2)
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """For people: a line per fact."""
+    lines = [f"{found['path']}: {found['family']}, {found['layout']}"]
+    if found["chosen"]:
+        lines.append(found["chosen"])
+    facts = {
+        "written by": found["written_by"] or "not said",
+        "parameters": f"{found['parameters']:,} ({_count(found['parameters'])}), {found['bytes'] / 2**30:.2f} GiB",
+        "precision": ", ".join(f"{dtype} ({number} tensors)" for dtype, number in found["precision"].items()),
+    }
+    if architecture := found["architecture"]:
+        facts |= _architecture_lines(architecture)
+        facts["layouts"] = "; ".join(
+            f"{short} {', '.join(map(str, found['layouts'][name]))}"
+            for short, name in (("TP", "tensor_model_parallel_size"), ("PP", "pipeline_model_parallel_size"))
+        )
+    if tokenizer := found["tokenizer"]:
+        place = "in the checkpoint" if tokenizer["found"] else "not in the checkpoint"
+        facts["tokenizer"] = f"{tokenizer['library']}, {tokenizer['source']} ({place})"
+    width = max(map(len, facts))
+    lines += [f"  {name:<{width}}  {value}" for name, value in facts.items()]
+    lines += [f"problem: {problem}" for problem in found["problems"]] or ["Nothing is missing."]
+    return "\n".join(lines)
+
+
+def _architecture_lines(architecture: dict[str, Any]) -> dict[str, str]:
+    a = architecture
+    positions = {"rope": "RoPE", "learned_absolute": "learned positions", "none": "no positions"}
+    position = positions[a["position_embedding_type"]]
+    if a["position_embedding_type"] == "rope":
+        position += f", base {a['rotary_base']:g}"
+        position += f", {a['rotary_percent']:.0%} of each head" if a["rotary_percent"] != 1 else ""
+        position += f", Llama 3.1 scaling x {a['rope_scaling_factor']:g}" if a["rope_scaling"] else ""
+        if a["seq_len_interpolation_factor"]:
+            position += f", positions divided by {a['seq_len_interpolation_factor']:g}"
+    gated = "gated " if a["gated_linear_unit"] else ""
+    biases = [name for name, on in (("all", a["add_bias_linear"]), ("qkv", a["add_qkv_bias"])) if on]
+    return {
+        "layers": f"{a['num_layers']} x hidden {a['hidden_size']}, ffn {a['ffn_hidden_size']} ({gated}"
+        f"{a['activation_func']}), {a['normalization']} (epsilon {a['layernorm_epsilon']:g})",
+        "attention": f"{a['num_attention_heads']} heads of {a['kv_channels']}, {a['num_query_groups']} query groups"
+        f"{', q and k normalized' if a['qk_layernorm'] else ''}; biases: {', '.join(biases) or 'none'}",
+        "positions": f"{position}; context {a['max_sequence_length']}",
+        "vocabulary": f"{a['vocab_size']} tokens in {a['vocab_rows']} rows, output layer "
+        f"{'tied' if a['share_embeddings_and_output_weights'] else 'of its own'}",
+    }
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return str(number)
