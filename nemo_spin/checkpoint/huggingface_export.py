@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_spin.checkpoint.architecture import Architecture, squared_relu
 from nemo_spin.checkpoint.contradictions import expected_tensors
-from nemo_spin.checkpoint.huggingface import CLASSES, DEFAULTS, HAVE_BIASES, LLAMA3_ROPE
+from nemo_spin.checkpoint.huggingface import CLASSES, CONFIG, DEFAULTS, HAVE_BIASES, LLAMA3_ROPE
 from nemo_spin.checkpoint.huggingface_layout import (
     INDEX,
     SINGLE,
@@ -28,6 +28,8 @@ from nemo_spin.checkpoint.huggingface_layout import (
 )
 from nemo_spin.checkpoint.weight_store import WeightStore
 from nemo_spin.errors import CheckpointError
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def to_huggingface_config(
@@ -85,15 +87,24 @@ def to_huggingface_config(
     return config
 
 
-def generation_config(
+def write_huggingface_config(
+    architecture: Architecture,
+    dtype: torch.dtype,
+    directory: Path,
     *,
     bos_token_id: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
-) -> dict[str, Any]:
-    """generation_config.json: with which tokens transformers and servers begin, end and pad."""
+) -> None:
+    """Write config.json, and generation_config.json, which tells servers where a response ends.
+
+    See `to_huggingface_config`. directory: exists. Raises CheckpointError.
+    """
     ids = {"bos_token_id": bos_token_id, "eos_token_id": _ids(eos_token_id), "pad_token_id": pad_token_id}
-    return {key: value for key, value in ids.items() if value is not None}
+    config = to_huggingface_config(architecture, dtype, **ids)
+    generation = {key: value for key, value in ids.items() if value is not None}
+    for name, content in ((CONFIG, config), (GENERATION_CONFIG, generation)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _ids(ids: int | Sequence[int] | None) -> int | list[int] | None:

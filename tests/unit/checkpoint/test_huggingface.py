@@ -14,7 +14,7 @@ from huggingface_models import MODELS, SIZES
 
 from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh
 from nemo_spin.checkpoint.huggingface import DEFAULTS, architecture_from_huggingface, read_huggingface_config
-from nemo_spin.checkpoint.huggingface_export import generation_config, to_huggingface_config
+from nemo_spin.checkpoint.huggingface_export import to_huggingface_config, write_huggingface_config
 from nemo_spin.errors import CheckpointError
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -144,5 +144,8 @@ def test_what_no_class_computes(fields: dict[str, Any], words: str) -> None:
         )
 
 
-def test_generation_config_holds_what_is_known() -> None:
-    assert generation_config(eos_token_id=(1, 2), pad_token_id=0) == {"eos_token_id": [1, 2], "pad_token_id": 0}
+def test_generation_config_holds_what_is_known(tmp_path: Path) -> None:
+    write_huggingface_config(read(), torch.float32, tmp_path, eos_token_id=(1, 2), pad_token_id=0)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [1, 2], "pad_token_id": 0}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["torch_dtype"]) == (None, [1, 2], "float32")

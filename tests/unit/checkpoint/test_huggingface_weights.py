@@ -18,7 +18,7 @@ from torch import Tensor
 from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.checkpoint.contradictions import check_against
 from nemo_spin.checkpoint.huggingface import architecture_from_huggingface, read_huggingface_config
-from nemo_spin.checkpoint.huggingface_export import to_huggingface_config, write_huggingface_weights
+from nemo_spin.checkpoint.huggingface_export import write_huggingface_config, write_huggingface_weights
 from nemo_spin.checkpoint.huggingface_weights import HuggingFaceStore
 from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor
 from nemo_spin.errors import CheckpointError
@@ -62,8 +62,7 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     ours = tmp_path / "ours"
     ours.mkdir()
     write_huggingface_weights(Padded(store, 6), padded, ours, max_shard_bytes=20_000)
-    config = to_huggingface_config(padded, torch.float32, bos_token_id=1, eos_token_id=2)
-    (ours / "config.json").write_text(json.dumps(config))
+    write_huggingface_config(padded, torch.float32, ours, bos_token_id=1, eos_token_id=2)
 
     before, after = all_tensors(tmp_path / "theirs"), all_tensors(ours)
     assert before.keys() == after.keys()
