@@ -6,7 +6,6 @@ stored, or all processes of a run, each with its part.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,8 +21,8 @@ from omegaconf import OmegaConf
 from nemo_spin.checkpoint import megatron_args, megatron_directory, nemo1, nemo2, nemo2_context, nemo_archive
 from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.checkpoint.huggingface_export import (
-    generation_config,
     to_huggingface_config,
+    write_huggingface_config,
     write_huggingface_weights,
 )
 from nemo_spin.checkpoint.megatron_tokenizer import FILES
@@ -211,9 +210,7 @@ def _write_huggingface(content: Content, folder: Path, target: Path) -> list[str
         if tokenizer is not None:
             ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
             notes += filter(None, [tokenizer.save_huggingface(folder)])
-        config = to_huggingface_config(architecture, content.weights.dtype, **ids)
-        for name, values in {"config": config, "generation_config": generation_config(**ids)}.items():
-            (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_huggingface_config(architecture, content.weights.dtype, folder, **ids)
         if padding := architecture.vocab_rows - architecture.vocab_size:
             notes.append(
                 f"{padding} rows of padding after the {architecture.vocab_size} of the vocabulary are left out."
