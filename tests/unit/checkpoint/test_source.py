@@ -269,7 +269,7 @@ def damaged(tmp_path: Path, kind: str) -> Path:
         ("missing", "There is no checkpoint at"),
         ("empty directory", "is a directory, but no checkpoint"),
         ("text file", "not a tar archive"),
-        ("hugging face", "llm.import_ckpt"),
+        ("hugging face", "model_type: None, which is not read directly"),
         ("weights without configuration", "no configuration of the model"),
         ("another tar", "no model_config.yaml"),
         ("truncated archive", "truncated"),
