@@ -14,6 +14,7 @@ from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.source import CheckpointSource
 from nemo_spin.errors import CheckpointError, ConfigError
+from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
 from nemo_spin.tokenizers.build import local_path
 
 FAMILIES = {
@@ -43,23 +44,19 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
             "bytes": sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors),
             "architecture": None,
             "layouts": None,
-            "tokenizer": _tokenizer(source),
+            "tokenizer": None,
             "problems": [],
         }
+        tokenizer = _tokenizer(source, found)
         try:
-            architecture = source.architecture()
+            architecture = source.architecture(tokenizer and tokenizer.vocab_size)
+            if tokenizer is not None:
+                check_tokenizer_fits(tokenizer, architecture.vocab_rows, str(source.path))
         except CheckpointError as error:
             found["problems"].append(str(error))
         else:
             found["architecture"] = _describe(architecture)
             found["layouts"] = _layouts(architecture)
-        if found["tokenizer"] is None:
-            found["problems"].append("The checkpoint names no tokenizer: give one as model.tokenizer.")
-        elif not found["tokenizer"]["found"]:
-            found["problems"].append(
-                f"The tokenizer {found['tokenizer']['source']} is not among the checkpoint's files and has to be at "
-                "hand by this name, or given as model.tokenizer."
-            )
     return found
 
 
@@ -87,14 +84,27 @@ def _layouts(architecture: Architecture) -> dict[str, list[int]]:
     }
 
 
-def _tokenizer(source: CheckpointSource) -> dict[str, Any] | None:
-    if source.tokenizer is None:
+def _tokenizer(source: CheckpointSource, found: dict[str, Any]) -> NeMoTokenizer | None:
+    """The tokenizer, if it is at hand; what is known of it goes into `found`."""
+    described = source.tokenizer
+    if described is None:
+        found["problems"].append("The checkpoint names no tokenizer: give one as model.tokenizer.")
         return None
-    return {
-        "library": source.tokenizer.library,
-        "source": source.tokenizer.source,
-        "found": local_path(source.tokenizer, source.files_dir) is not None,
-    }
+    at_hand = local_path(described, source.files_dir) is not None
+    known = found["tokenizer"] = {"library": described.library, "source": described.source, "found": at_hand}
+    if not at_hand:
+        found["problems"].append(
+            f"The tokenizer {described.source} is not among the checkpoint's files: have it at hand by this name, or "
+            "give another as model.tokenizer."
+        )
+        return None
+    try:
+        tokenizer = build_tokenizer(described, source.files_dir)
+    except CheckpointError as error:
+        found["problems"].append(str(error))
+        return None
+    known |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    return tokenizer
 
 
 def as_json(found: dict[str, Any]) -> str:
@@ -121,6 +131,8 @@ def as_text(found: dict[str, Any]) -> str:
     if tokenizer := found["tokenizer"]:
         place = "in the checkpoint" if tokenizer["found"] else "not in the checkpoint"
         facts["tokenizer"] = f"{tokenizer['library']}, {tokenizer['source']} ({place})"
+        if "vocab_size" in tokenizer:
+            facts["tokenizer"] += f", {tokenizer['vocab_size']} ids, end of sequence {tokenizer['eos_id']}"
     width = max(map(len, facts))
     lines += [f"  {name:<{width}}  {value}" for name, value in facts.items()]
     lines += [f"problem: {problem}" for problem in found["problems"]] or ["Nothing is missing."]
