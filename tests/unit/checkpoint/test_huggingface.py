@@ -83,6 +83,7 @@ def test_a_window_limits_the_length(model_type: str, config: dict[str, Any], len
     [
         ({"model_type": "gemma3"}, "gemma3, which is not read directly.*AutoBridge"),
         ({"model_type": None}, "model_type: None"),
+        ({"model_type": ["llama"]}, "model_type: "),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "saved as LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),
