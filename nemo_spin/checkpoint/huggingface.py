@@ -145,7 +145,7 @@ def architecture_from_huggingface(config: Mapping[str, Any], where: str) -> Arch
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:
     model_type = config.get("model_type")
-    if model_type not in DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise CheckpointError(
             f"{where} says model_type: {model_type}, which is not read directly ({', '.join(DEFAULTS)} are): "
             f"{BRIDGE_HINT}."
@@ -196,7 +196,7 @@ def _within_window(config: Mapping[str, Any], length: int, num_layers: int, wher
     if config.get("use_sliding_window") and "max_window_layers" in defaults:
         types = config.get("layer_types")
         first = config.get("max_window_layers", defaults["max_window_layers"])
-        has_window = "sliding_attention" in types if types else first < num_layers
+        has_window = "sliding_attention" in types if types else not isinstance(first, int) or first < num_layers
     return min(length, _integer(window, "sliding_window", where)) if has_window and window is not None else length
 
 

@@ -41,6 +41,7 @@ class HuggingFaceStore:
         """
         self._architecture = architecture
         self._origin = origin
+        self._names: dict[str, str] = {}
         self._where: dict[str, Path] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for file in _files(Path(directory), origin):
@@ -50,6 +51,10 @@ class HuggingFaceStore:
                     self._where[name] = file
                     self._headers[name] = (tuple(header.get_shape()), header.get_dtype())
         _check_index(Path(directory), self._where, origin)
+        embedding, output = OUTER[EMBEDDING], OUTER[OUTPUT_LAYER]
+        if architecture.share_embeddings_and_output_weights and embedding not in self._where and output in self._where:
+            # Some tools store a tied weight under its other name only.
+            self._names = {embedding: output}
         self.tensors = self._checked()
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
@@ -66,11 +71,12 @@ class HuggingFaceStore:
                 row += segment.rows
                 if start >= stop:
                     continue
-                file = self._where[segment.name]
+                stored_name = self._names.get(segment.name, segment.name)
+                file = self._where[stored_name]
                 if file not in files:
                     files[file] = stack.enter_context(_opened(file, self._origin))
                 wanted = (slice(segment.start + start, segment.start + stop), *columns)
-                parts.append(files[file].get_slice(segment.name)[wanted].to(stored.dtype))
+                parts.append(files[file].get_slice(stored_name)[wanted].to(stored.dtype))
             # torch.cat copies, always: what safetensors returns lies in the file's pages.
             return torch.cat(parts) if parts else torch.empty(stored.shape, dtype=stored.dtype)[(rows, *columns)]
 
@@ -81,6 +87,7 @@ class HuggingFaceStore:
         for name, shape in expected_tensors(self._architecture).items():
             dtypes = []
             for wanted, wanted_shape in huggingface_shapes(name, shape, self._architecture).items():
+                wanted = self._names.get(wanted, wanted)
                 if left.pop(wanted, None) is None:
                     raise CheckpointError(
                         f"{self._origin} holds no tensor {wanted}, which its config.json asks for"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_models import MODELS, SIZES
 
-from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh
+from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh, parameter_count
 from nemo_spin.checkpoint.huggingface import DEFAULTS, architecture_from_huggingface, read_huggingface_config
 from nemo_spin.checkpoint.huggingface_export import to_huggingface_config, write_huggingface_config
 from nemo_spin.errors import CheckpointError
@@ -50,6 +50,37 @@ def test_a_configuration_of_ours_is_read_back(name: str) -> None:
     assert (ours["eos_token_id"], ours["torch_dtype"]) == ([2, 3], "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        # Llama-3.1-8B, Llama-3.2-1B, Mistral-7B-v0.1, Qwen2.5-7B, Qwen3-0.6B: what their config.json says beyond the
+        # defaults, and the number of parameters that their publishers give.
+        (
+            {"model_type": "llama", "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+            8_030_261_248,
+        ),
+        (
+            {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+            | {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True},
+            1_235_814_400,
+        ),
+        ({"model_type": "mistral"}, 7_241_732_096),
+        (
+            {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+            | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+            7_615_616_512,
+        ),
+        (
+            {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+            | {"num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True},
+            596_049_920,
+        ),
+    ],
+)
+def test_published_models_have_their_number_of_parameters(config: dict[str, Any], published: int) -> None:
+    assert parameter_count(architecture_from_huggingface(config, "it")) == published
+
+
 def test_both_spellings_of_rope() -> None:
     old = read(rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3})
     new = read(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
@@ -83,6 +114,7 @@ def test_a_window_limits_the_length(model_type: str, config: dict[str, Any], len
     [
         ({"model_type": "gemma3"}, "gemma3, which is not read directly.*AutoBridge"),
         ({"model_type": None}, "model_type: None"),
+        ({"model_type": ["llama"]}, "model_type: "),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "saved as LlamaForCausalLM"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),

@@ -155,6 +155,17 @@ def test_stored_dtypes_stay(tmp_path: Path) -> None:
     assert written["model.layers.1.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
+def test_a_tied_weight_may_have_its_other_name(tmp_path: Path) -> None:
+    write(tmp_path, "llama32-tied")
+    before, _ = open_store(tmp_path)
+    expected = before.read(EMBEDDING)
+    edit(lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))(tmp_path)
+    store, _ = open_store(tmp_path)
+    assert store.tensors == before.tensors
+    assert torch.equal(store.read(EMBEDDING), expected)
+    assert torch.equal(store.read(EMBEDDING, (slice(3, 9), slice(0, 5))), expected[3:9, :5])
+
+
 def edit(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def changed(directory: Path) -> None:
         tensors = all_tensors(directory)
