@@ -165,7 +165,7 @@ def write_huggingface_weights(
     architecture: Architecture,
     directory: Path,
     *,
-    max_shard_bytes: int = 5 * 2**30,
+    max_shard_bytes: int = 2 * 2**30,
     part: int = 0,
     parts: int = 1,
 ) -> None:
