@@ -137,6 +137,30 @@ def test_what_is_written_opens_again(workers: Workers, tmp_path: Path, name: str
     assert torch.equal(loaded, saved)
 
 
+def load_with_megatron_core(architecture: Architecture, iteration: Path, ids: Tensor) -> Any:
+    """As Megatron-LM and Megatron-Bridge do: all that the model asks for has to be there."""
+    model = build_gpt(architecture, "32")
+    state = {"model": model.sharded_state_dict()}
+    asked = {entry.key for entry in state["model"].values() if isinstance(entry, ShardedObject)}
+    loaded = dist_checkpointing.load(state, str(iteration))
+    model.load_state_dict(loaded["model"])
+    found = logits(model, ids)
+    return asked, loaded["iteration"], None if found is None else found[..., : architecture.vocab_rows]
+
+
+@pytest.mark.parametrize("name", ["qk-layernorm", "gpt2-like"])
+def test_megatron_core_loads_what_is_written(workers: Workers, tmp_path: Path, name: str) -> None:
+    ids = torch.arange(20).reshape(2, 10)
+    saved = last(workers.run(save_run, ARCHITECTURES[name], tmp_path / "run", ids, "megatron", False))
+    write_again(tmp_path / "run", tmp_path / "copy")
+    iteration = iteration_directory(tmp_path / "copy")
+    for pp in (1, 2):
+        results = workers.run(load_with_megatron_core, ARCHITECTURES[name], iteration, ids, pp=pp)
+        assert "decoder.layers.mlp.linear_fc1._extra_state" in results[0][0]
+        assert results[0][1] == 1
+        assert torch.equal(last([result[2] for result in results]), saved)
+
+
 TENSORS = {EMBEDDING: StoredTensor((ROWS, HIDDEN), torch.float32)}
 ARGS = {
     "num_layers": 2,
@@ -228,5 +252,5 @@ def llama32_of_bridge() -> tuple[Any, Architecture]:
 
 
 @pytest.mark.parametrize("make", [llama31, qwen2, qwen3, nemotron, llama32_of_bridge])
-def test_logits_are_those_of_transformers(workers: Workers, make: Any) -> None:
-    assert workers.run(difference, make)[0] < 1e-4
+def test_logits_are_those_of_transformers(workers: Workers, tmp_path: Path, make: Any) -> None:
+    assert workers.run(difference, make, tmp_path)[0] < 1e-4
