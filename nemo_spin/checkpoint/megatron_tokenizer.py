@@ -28,9 +28,8 @@ def from_megatron(config: Mapping[str, Any] | None, iteration: Path, origin: str
     kind = (config or {}).get("tokenizer_type")
     if not isinstance(kind, str) or kind in _NO_TOKENIZER:
         return None
-    source = _beside(kind, iteration)
-    if source is None and isinstance(config.get("tokenizer_model"), str):
-        source = config["tokenizer_model"] or None
+    named = _text(config.get("tokenizer_model"))
+    source = _beside(kind, iteration, named) or named
     if kind in _HUGGINGFACE:
         keywords = config.get("hf_tokenizer_kwargs") or {}
         return TokenizerDescription(
@@ -65,12 +64,13 @@ def to_megatron(library: str, source: str) -> dict[str, Any]:
     return {"tokenizer_type": kinds[library], "tokenizer_model": source}
 
 
-def _beside(kind: str, iteration: Path) -> str | None:
-    directory = iteration / FILES
-    if kind in _HUGGINGFACE and (directory / "tokenizer_config.json").is_file():
-        return FILES
-    name = _FILE_OF.get(kind)
-    return f"{FILES}/{name}" if name and (directory / name).is_file() else None
+def _beside(kind: str, iteration: Path, named: str | None) -> str | None:
+    if kind in _HUGGINGFACE:
+        return FILES if (iteration / FILES / "tokenizer_config.json").is_file() else None
+    if kind not in _FILE_OF:
+        return None
+    places = [f"{FILES}/{name}" for name in (Path(named or "").name, _FILE_OF[kind]) if name]
+    return next((place for place in places if (iteration / place).is_file()), None)
 
 
 def _text(value: Any) -> str | None:

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from nemo_spin.checkpoint.extra_state import extra_state_keys
 from nemo_spin.checkpoint.sharded import save_sharded
-from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, WeightStore
+from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, OUTPUT_LAYER, WeightStore
 from nemo_spin.errors import CheckpointError
 
 
@@ -75,8 +76,18 @@ def save_weights(model: GPTModel, directory: str | Path, vocab_rows: int, prefix
     for name, entry in state.items():
         if entry.key in (prefix + EMBEDDING, prefix + OUTPUT_LAYER) and entry.global_shape[0] > vocab_rows:
             state[name] = _without_padding(entry, vocab_rows)
+    if dist.get_rank() == 0:
+        state |= _extra_states(state, prefix, model.config.num_layers)
     save_sharded(state, directory)
     dist.barrier()
+
+
+def _extra_states(state: dict[str, Any], prefix: str, layers: int) -> dict[str, ShardedObject]:
+    """Those of all layers, after the names of the weights in the first process's layers."""
+    keys = {entry.key.removeprefix(prefix) for entry in state.values()}
+    within = [key.removeprefix(LAYERS) for key in keys if key.startswith(LAYERS)]
+    names = [f"{LAYERS}{layer}.{name}" for name in within for layer in range(layers)]
+    return {key: ShardedObject.empty_from_unique_key(key) for key in extra_state_keys(names, prefix)}
 
 
 def _without_padding(entry: ShardedTensor, vocab_rows: int) -> ShardedTensor:

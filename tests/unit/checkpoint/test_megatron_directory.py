@@ -164,6 +164,11 @@ def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:
             ("tokenizer.model",),
             ("sentencepiece", "tokenizer/tokenizer.model"),
         ),
+        (
+            {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "/gone/my.model"},
+            ("my.model", "tokenizer.model"),
+            ("sentencepiece", "tokenizer/my.model"),
+        ),
         ({"tokenizer_type": "Llama2Tokenizer", "tokenizer_model": "/a.model"}, (), ("sentencepiece", "/a.model")),
         ({"tokenizer_type": "TikTokenizer", "tokenizer_model": "/a.json"}, (), ("tiktoken", "/a.json")),
         ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v"}, (), ("GPT2BPETokenizer", None)),
