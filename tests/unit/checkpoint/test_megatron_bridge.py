@@ -139,6 +139,7 @@ def test_activations(node: dict[str, Any], func: Any) -> None:
             "Ministral3ModelProvider3B",
         ),
         ({"_target_": BRIDGE + "t5_provider.T5ModelProvider"}, "T5ModelProvider"),
+        ({"_target_": BRIDGE + "gpt_provider.GPTModelProviderOfTomorrow"}, "GPTModelProviderOfTomorrow"),
         ({"_target_": "my_project.GPTModelProvider"}, "my_project.GPTModelProvider"),
         ({"num_moe_experts": 8}, "num_moe_experts: 8"),
         ({"window_size": [4096, 0]}, "window_size"),
