@@ -189,7 +189,9 @@ def _write_megatron(content: Content, folder: Path, target: Path) -> list[str]:
         megatron_directory.write_megatron_directory(
             folder, content.architecture, content.weights.dtype, place, final_root=target
         )
-    return []
+    flags, sentences = megatron_args.launch_flags(content.architecture)
+    command = " ".join(["--load", str(target), "--use-checkpoint-args", "--finetune", *flags])
+    return [f"Megatron-LM reads it with {command}.", *sentences]
 
 
 def _save_beside(tokenizer: NeMoTokenizer, iteration: Path) -> tuple[str, str]:
