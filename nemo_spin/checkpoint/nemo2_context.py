@@ -101,6 +101,7 @@ def tokenizer_node(node: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     name = str(node["type"]).removeprefix("nemo:")
     if name != _HUGGINGFACE and (directory / name).is_dir():
         name = (directory / name).rename(directory / _HUGGINGFACE).name
+    _name_class_of_transformers_4(directory / _HUGGINGFACE / "tokenizer_config.json")
     known = {role: special_tokens[role] for role in (*_ROLES, "additional_special_tokens") if role in special_tokens}
     return {
         "_target_": _TOKENIZERS + "huggingface.auto_tokenizer.AutoTokenizer",
@@ -109,6 +110,16 @@ def tokenizer_node(node: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         "chat_template": node.get("chat_template"),
         **known,
     }
+
+
+def _name_class_of_transformers_4(config: Path) -> None:
+    """The class that transformers 5 saves is unknown to the transformers 4 of NeMo 2; both know this one."""
+    if not config.is_file():
+        return
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _classes(architecture: Architecture) -> tuple[str, str, str]:

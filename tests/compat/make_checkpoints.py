@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,7 @@ CASES = {
     "Qwen 3": Case(toy(qk_layernorm=True, kv_channels=16), tokenizer="huggingface", exported=True),
     "Nemotron": Case(
         toy(**_LAYER_NORM, layernorm_zero_centered_gamma=True, activation_func=squared_relu, rotary_percent=0.5),
+        tokenizer="huggingface",
         exported=True,
     ),
     "GPT-2": Case(
@@ -130,11 +132,21 @@ def make_checkpoints(directory: Path) -> dict[str, list[Made]]:
         if case.in_nemo1:
             path = write_nemo1(model, case, tokenizer, folder / "model.nemo")
             # NeMo 1 keeps no Hugging Face tokenizer in an archive: its users name it.
-            named = {"tokenizer": {"type": str(directory / "tokenizers" / "words")}}
+            named = {"tokenizer": {"type": str(for_old_transformers(directory / "tokenizers" / "words"))}}
             override = named if case.tokenizer == "huggingface" else {}
             made["nemo1"].append(Made(path=path, override=override, **about))
     setup.shutdown()
     return made
+
+
+def for_old_transformers(folder: Path) -> Path:
+    """A copy of a tokenizer that names the class that transformers 4 has."""
+    copy = folder.with_name(f"{folder.name}-4")
+    if not copy.exists():
+        shutil.copytree(folder, copy)
+        config = copy / "tokenizer_config.json"
+        config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    return copy
 
 
 def write_nemo2(model: GPTModel, case: Case, tokenizer: NeMoTokenizer, path: Path) -> Path:
