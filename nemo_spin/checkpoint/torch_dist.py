@@ -6,6 +6,7 @@ torch's own storage reader, writing through its writer; neither needs a model or
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import warnings
@@ -34,6 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nemo_spin.checkpoint.extra_state import extra_state
 from nemo_spin.checkpoint.metadata_pickle import read_metadata
 from nemo_spin.checkpoint.stacked import StackedStore
 from nemo_spin.checkpoint.weight_store import LAYERS, Region, StoredTensor, WeightStore
@@ -195,6 +197,8 @@ class _PiecePlanner(dcp.DefaultSavePlanner):
                 self._sources[index] = (name, region)
                 data = TensorWriteData(chunk, TensorProperties(dtype=tensor.dtype), torch.Size(shape))
                 items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        for entry in extra_state(self._store.tensors, self._prefix):
+            items.append(WriteItem(MetadataIndex(entry.unique_key), WriteItemType.BYTE_IO))
         self.plan = SavePlan(items)
         return self.plan
 
@@ -206,7 +210,11 @@ class _PiecePlanner(dcp.DefaultSavePlanner):
         layer = int(name.removeprefix(LAYERS).split(".")[0])
         return f"{self._prefix}{LAYERS}{within}", (layer, self._layers_with[within])
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            # What megatron-core writes of an object without content.
+            torch.save([None], content := io.BytesIO())
+            return content
         name, region = self._sources[write_item.index]
         piece = self._store.read(name, region)
         return piece.reshape(write_item.tensor_data.chunk.sizes).contiguous()

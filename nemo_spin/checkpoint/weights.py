@@ -16,8 +16,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from nemo_spin.checkpoint.architecture import layer_tensors
+from nemo_spin.checkpoint.extra_state import extra_state
 from nemo_spin.checkpoint.sharded import save_sharded
-from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, WeightStore
+from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, OUTPUT_LAYER, WeightStore
 from nemo_spin.errors import CheckpointError
 
 
@@ -75,8 +77,17 @@ def save_weights(model: GPTModel, directory: str | Path, vocab_rows: int, prefix
     for name, entry in state.items():
         if entry.key in (prefix + EMBEDDING, prefix + OUTPUT_LAYER) and entry.global_shape[0] > vocab_rows:
             state[name] = _without_padding(entry, vocab_rows)
+    if dist.get_rank() == 0:
+        state |= {entry.unique_key: entry for entry in extra_state(_decoder_weights(model), prefix)}
     save_sharded(state, directory)
     dist.barrier()
+
+
+def _decoder_weights(model: GPTModel) -> list[str]:
+    """Names of the weights of all layers, whichever of them this stage holds, and of the norm after them."""
+    per_layer = layer_tensors(vars(model.config))
+    names = [f"{LAYERS}{layer}.{name}" for layer in range(model.config.num_layers) for name in per_layer]
+    return [*names, "decoder.final_layernorm.weight"]
 
 
 def _without_padding(entry: ShardedTensor, vocab_rows: int) -> ShardedTensor:
