@@ -15,8 +15,7 @@ import yaml
 from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu, transformer_fields
 from nemo_spin.checkpoint.fiddle_graph import fiddle_graph
 from nemo_spin.checkpoint.nemo2 import architecture_from_nemo2
-from nemo_spin.checkpoint.nemo2_context import tokenizer_node, write_context
-from nemo_spin.checkpoint.tokenizer_description import from_nemo2
+from nemo_spin.checkpoint.nemo2_context import write_context
 from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.errors import CheckpointError
 
@@ -220,32 +219,14 @@ def test_genuine_configurations_survive_being_rewritten(tmp_path: Path, name: st
     assert again["config"]["vocab_size"] == model["config"]["vocab_size"]
 
 
-def test_tokenizers_of_nemo_1_under_the_names_of_nemo_2(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer").mkdir()
-    config = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>"}
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
-    saved = {
-        "library": "huggingface",
-        "type": "nemo:tokenizer",
-        "use_fast": True,
-        "special_tokens": {"pad_token": "<p>"},
-    }
-    node = tokenizer_node(saved, tmp_path)
-    found = from_nemo2(node, "it")
-    assert (found.library, found.source, found.special_tokens) == (
-        "huggingface",
-        "nemo_tokenizer",
-        {"pad_token": "<p>"},
-    )
-    # NeMo 2 has transformers 4, whose name of the class transformers 5 knows as well.
-    config = json.loads((tmp_path / "nemo_tokenizer" / "tokenizer_config.json").read_text())
-    assert config == {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
-    assert [path.name for path in tmp_path.iterdir()] == ["nemo_tokenizer"]
-    saved = {"library": "sentencepiece", "model": "nemo:abc_tokenizer.model", "sentencepiece_legacy": True}
-    found = from_nemo2(tokenizer_node(saved, tmp_path), "it")
-    assert (found.library, found.source, found.legacy) == ("sentencepiece", "abc_tokenizer.model", True)
-    with pytest.raises(CheckpointError, match="kind tiktoken"):
-        tokenizer_node({"library": "tiktoken"}, tmp_path)
+def test_a_tokenizer_of_transformers_5_is_named_as_transformers_4_does(tmp_path: Path) -> None:
+    (tmp_path / "nemo_tokenizer").mkdir()
+    file = tmp_path / "nemo_tokenizer" / "tokenizer_config.json"
+    for written, expected in (("TokenizersBackend", "PreTrainedTokenizerFast"), ("LlamaTokenizer", "LlamaTokenizer")):
+        file.write_text(json.dumps({"tokenizer_class": written, "bos_token": "<s>"}))
+        node = {"_target_": "a.AutoTokenizer", "pretrained_model_name": "nemo_tokenizer"}
+        write_context(tmp_path, architecture(), torch.float32, node)
+        assert json.loads(file.read_text()) == {"tokenizer_class": expected, "bos_token": "<s>"}
 
 
 def test_architectures_are_told_apart_by_what_is_written(tmp_path: Path) -> None:
