@@ -1,5 +1,6 @@
 # make quickstart   an environment, a small SFT model, and SPIN on it (DEVICES, TP, PP change the layout)
 # make test         an environment, lint, all tests (PYTHON=python3.12 for the other supported stack)
+# make check-nemo   NeMo 2 and NeMo 1 themselves read what is written here (downloads some GB the first time)
 # make bench        speed and memory, side by side with transformers
 # make clean        remove the environments and what tools leave behind
 #
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: quickstart test bench clean
+.PHONY: quickstart test check-nemo bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py --devices $(DEVICES) --tp $(TP) --pp $(PP)
@@ -28,6 +29,9 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check-nemo: $(INSTALLED)
+	$(BIN)/python tests/compat/check_with_nemo.py --pip-args="$(PIP_ARGS)" $(CHECK_ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ from nemo_spin.export import export
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel
+
+
+# Whether the model that is being restored is restored by the connector below, and not by NeMo's own.
+by_own_connector: ContextVar[bool] = ContextVar("by_own_connector", default=False)
 
 
 class SPINSaveRestoreConnector(SaveRestoreConnector):
@@ -46,9 +51,11 @@ class SPINSaveRestoreConnector(SaveRestoreConnector):
         if return_config:
             return config
         calling_cls._set_model_restore_state(is_being_restored=True, folder=restore_path)
+        token = by_own_connector.set(True)
         try:
             return calling_cls(cfg=config, trainer=trainer)
         finally:
+            by_own_connector.reset(token)
             calling_cls._set_model_restore_state(is_being_restored=False)
 
 

@@ -167,8 +167,6 @@ def _write_nemo(content: Content, folder: Path, target: Path) -> list[str]:
         config |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
         if content.tokenizer is not None:
             config["tokenizer"] = content.tokenizer.save(folder)
-        # NeMo's own connector asks for a state_dict, which is empty beside torch_dist weights.
-        torch.save({}, folder / "model_weights.ckpt")
         OmegaConf.save(OmegaConf.create(config), folder / nemo_archive.CONFIG)
     return []
 

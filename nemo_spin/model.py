@@ -16,7 +16,7 @@ from nemo.core.classes import common as nemo_common
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.archive import SPINSaveRestoreConnector
+from nemo_spin.archive import SPINSaveRestoreConnector, by_own_connector
 from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
 from nemo_spin.checkpoint.opening import open_checkpoint
@@ -68,7 +68,12 @@ class MegatronGPTSPINModel(ModelPT):
             )
         self.precision = "bf16" if "bf16" in str(cfg.get("precision")) else "32"
         if self._is_model_being_restored():
-            self._build_from_checkpoint(AppState().nemo_file_folder)
+            folder = AppState().nemo_file_folder
+            self._build_from_checkpoint(folder)
+            if not by_own_connector.get():
+                # NeMo's connector unpacked the archive into this folder of its own, and loads a state_dict from it.
+                # It is not in the archive: NeMo 1 would take it for the weights, and not look at model_weights/.
+                torch.save({}, Path(folder) / "model_weights.ckpt")
         else:
             self._build_from_config()
         self.optimizer: Optimizer | None = None

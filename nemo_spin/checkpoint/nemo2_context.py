@@ -22,7 +22,6 @@ from nemo_spin.checkpoint.supported import LLAMA31_SCALING
 from nemo_spin.errors import CheckpointError
 
 _MODELS = "nemo.collections.llm.gpt.model."
-_TOKENIZERS = "nemo.collections.common.tokenizers."
 _ACTIVATIONS: dict[Callable[[Tensor], Tensor], str] = {
     F.silu: "torch.nn.functional.silu",
     F.gelu: "torch.nn.functional.gelu",
@@ -32,8 +31,6 @@ _ACTIVATIONS: dict[Callable[[Tensor], Tensor], str] = {
     gelu_tanh: "nemo.collections.llm.fn.activation.openai_gelu",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HUGGINGFACE = "nemo_tokenizer"
-_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 def write_context(
@@ -41,7 +38,8 @@ def write_context(
 ) -> None:
     """Write model.yaml and io.json into `directory`, the `context/` of a NeMo 2 checkpoint that is being written.
 
-    dtype: of the stored weights. tokenizer_node: see `tokenizer_node`; None for a model without a tokenizer.
+    dtype: of the stored weights. tokenizer_node: what `NeMoTokenizer.save_nemo2(directory)` returned; None for a model
+    without a tokenizer.
     `nemo2.architecture_from_nemo2`, given the tokenizer's number of ids, reads the same architecture back. Raises
     CheckpointError, naming it, for what NeMo 2's classes cannot express.
     """
@@ -51,6 +49,8 @@ def write_context(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "model.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
     (directory / "io.json").write_text(json.dumps(fiddle_graph(context)), encoding="utf-8")
+    if tokenizer_node and (name := tokenizer_node.get("pretrained_model_name")):
+        _name_class_of_transformers_4(directory / name / "tokenizer_config.json")
 
 
 def describe_model(
@@ -77,38 +77,14 @@ def describe_model(
     }
 
 
-def tokenizer_node(node: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """The `tokenizer` node of NeMo 2 from the one of NeMo 1 that `NeMoTokenizer.save(directory)` returned.
-
-    directory: `context/`, to which paths in the node are relative. A Hugging Face tokenizer in it is renamed to what
-    NeMo's exporters look for. Raises CheckpointError for a kind of tokenizer that is not supported.
-    """
-    special_tokens = node.get("special_tokens") or {}
-    if node["library"] == "sentencepiece":
-        return {
-            "_target_": _TOKENIZERS + "sentencepiece_tokenizer.SentencePieceTokenizer",
-            "model_path": str(node["model"]).removeprefix("nemo:"),
-            "special_tokens": special_tokens or None,
-            "legacy": bool(node.get("sentencepiece_legacy", False)),
-        }
-    if node["library"] != "huggingface":
-        raise CheckpointError(
-            f"A tokenizer of the kind {node['library']} cannot be written into a NeMo 2 directory: choose one of the "
-            "kinds huggingface and sentencepiece with model.tokenizer."
-        )
-    if not isinstance(special_tokens, Mapping):
-        special_tokens = {"additional_special_tokens": list(special_tokens)}
-    name = str(node["type"]).removeprefix("nemo:")
-    if name != _HUGGINGFACE and (directory / name).is_dir():
-        name = (directory / name).rename(directory / _HUGGINGFACE).name
-    known = {role: special_tokens[role] for role in (*_ROLES, "additional_special_tokens") if role in special_tokens}
-    return {
-        "_target_": _TOKENIZERS + "huggingface.auto_tokenizer.AutoTokenizer",
-        "pretrained_model_name": name,
-        "use_fast": bool(node.get("use_fast", True)),
-        "chat_template": node.get("chat_template"),
-        **known,
-    }
+def _name_class_of_transformers_4(config: Path) -> None:
+    """The class that transformers 5 saves is unknown to the transformers 4 of NeMo 2; both know this one."""
+    if not config.is_file():
+        return
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _classes(architecture: Architecture) -> tuple[str, str, str]:

@@ -64,35 +64,44 @@ def environment(cache: Path, family: str, python: str, pip_arguments: list[str])
     return folder / "bin" / "python"
 
 
-def cases(family: str, made: list[Made]) -> Iterator[tuple[Made, dict[str, Any]]]:
+def cases(family: str, made: list[Made], folder: Path) -> Iterator[dict[str, Any]]:
     for checkpoint in made:
-        about = {
-            "path": str(checkpoint.path),
-            "truth": str(checkpoint.truth),
-            "text": TEXT,
-            "ids": checkpoint.ids,
-            "override": checkpoint.override,
-        }
-        yield checkpoint, about | {"how": "load"}
-        if checkpoint.exported and family == "nemo2":
-            yield checkpoint, about | {"how": "export"}
+        for how in ("load", "export") if checkpoint.exported and family == "nemo2" else ("load",):
+            name = f"{family}-{checkpoint.truth.parent.name}-{how}"
+            yield {
+                "name": checkpoint.name,
+                "how": how,
+                "path": str(checkpoint.path),
+                "truth": str(checkpoint.truth),
+                "text": TEXT,
+                "ids": checkpoint.ids,
+                "override": checkpoint.override,
+                "log": str(folder / f"{name}.log"),
+                "result": str(folder / f"{name}.json"),
+            }
 
 
-def read(interpreter: Path, family: str, checkpoint: Made, case: dict[str, Any], folder: Path) -> Outcome:
-    """A process of its own: NeMo keeps state of a model that it loaded."""
-    result, log = folder / "result.json", folder / f"{family}-{checkpoint.truth.parent.name}-{case['how']}.log"
-    result.unlink(missing_ok=True)
+def read(interpreter: Path, family: str, made: list[Made], folder: Path) -> Iterator[Outcome]:
+    """Have NeMo read all checkpoints of a family, in a process of its own environment."""
+    todo = list(cases(family, made, folder))
+    description, log = folder / f"{family}.json", folder / f"{family}.log"
+    description.write_text(json.dumps(todo))
     alone = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
-    alone |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    alone |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    print(f"Reading {len(todo)} checkpoints with {READERS[family]}.", flush=True)
     with open(log, "w") as output:
-        command = [str(interpreter), str(HERE / f"read_{family}.py"), json.dumps(case | {"result": str(result)})]
+        command = [str(interpreter), str(HERE / f"read_{family}.py"), str(description)]
         subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=alone, cwd=folder)
-    if not result.is_file():
-        lines = [line for line in log.read_text().splitlines() if line.strip()]
-        print(f"{READERS[family]} does not read {checkpoint.name} ({case['how']}):\n  " + "\n  ".join(lines[-12:]))
-        return Outcome(READERS[family], checkpoint.name, case["how"], None, [])
-    found = json.loads(result.read_text())
-    return Outcome(READERS[family], checkpoint.name, found["exercised"], found["difference"], found["stubs"])
+    for case in todo:
+        result = Path(case["result"])
+        if result.is_file():
+            found = json.loads(result.read_text())
+            yield Outcome(READERS[family], case["name"], found["exercised"], found["difference"], found["stubs"])
+            continue
+        text = Path(case["log"] if Path(case["log"]).is_file() else log).read_text()
+        lines = [line for line in text.splitlines() if line.strip()]
+        print(f"{READERS[family]} failed at {case['name']} ({case['how']}):\n  " + "\n  ".join(lines[-12:]))
+        yield Outcome(READERS[family], case["name"], case["how"], None, [])
 
 
 def table(rows: list[list[str]]) -> str:
@@ -119,9 +128,7 @@ def main() -> int:
         made = make_checkpoints(folder)
         for family in [options.only] if options.only else READERS:
             interpreter = environment(options.cache.resolve(), family, options.python, options.pip_args.split())
-            for checkpoint, case in cases(family, made[family]):
-                outcomes.append(read(interpreter, family, checkpoint, case, folder))
-                print(" | ".join(outcomes[-1].row()), flush=True)
+            outcomes += read(interpreter, family, made[family], folder)
     print("\n" + table([outcome.row() for outcome in outcomes]))
     for reader in dict.fromkeys(outcome.reader for outcome in outcomes):
         stubs = dict.fromkeys(stub for outcome in outcomes if outcome.reader == reader for stub in outcome.stubs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,27 +11,21 @@ from typing import Any
 import sentencepiece
 import torch
 import torch.nn.functional as F
-import yaml
-from megatron.core.models.gpt.gpt_model import GPTModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from toy import fill_deterministically, toy_architecture
 
-from nemo_spin.checkpoint import nemo_archive
 from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
-from nemo_spin.checkpoint.nemo1 import to_nemo1_config
-from nemo_spin.checkpoint.nemo2_context import tokenizer_node, write_context
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
-from nemo_spin.checkpoint.weights import save_weights
+from nemo_spin.export import Content, LiveWeights, export
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.gpt import DTYPES, build_gpt
-from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer
+from nemo_spin.tokenizers import build_tokenizer
 
 TEXT = "the answer is four"
 VOCABULARY = 96
-MEGATRON_GPT = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
 
 
 @dataclass(frozen=True)
@@ -82,6 +77,7 @@ CASES = {
     "Qwen 3": Case(toy(qk_layernorm=True, kv_channels=16), tokenizer="huggingface", exported=True),
     "Nemotron": Case(
         toy(**_LAYER_NORM, layernorm_zero_centered_gamma=True, activation_func=squared_relu, rotary_percent=0.5),
+        tokenizer="huggingface",
         exported=True,
     ),
     "GPT-2": Case(
@@ -124,38 +120,34 @@ def make_checkpoints(directory: Path) -> dict[str, list[Made]]:
         tokenizer = tokenizers[case.tokenizer]
         model = fill_deterministically(build_gpt(case.architecture, case.precision))
         truth = _truth(case, folder / "truth.pt")
+        content = Content(case.architecture, LiveWeights(model, case.architecture), tokenizer)
         about = {"name": name, "truth": truth, "ids": tokenizer.encode(TEXT)}
-        path = write_nemo2(model, case, tokenizer, folder / "nemo2")
+        path = write(content, folder / "nemo2", "nemo2")
         made["nemo2"].append(Made(path=path, exported=case.exported, **about))
         if case.in_nemo1:
-            path = write_nemo1(model, case, tokenizer, folder / "model.nemo")
+            path = write(content, folder / "model.nemo", "nemo")
             # NeMo 1 keeps no Hugging Face tokenizer in an archive: its users name it.
-            named = {"tokenizer": {"type": str(directory / "tokenizers" / "words")}}
+            named = {"tokenizer": {"type": str(for_old_transformers(directory / "tokenizers" / "words"))}}
             override = named if case.tokenizer == "huggingface" else {}
             made["nemo1"].append(Made(path=path, override=override, **about))
     setup.shutdown()
     return made
 
 
-def write_nemo2(model: GPTModel, case: Case, tokenizer: NeMoTokenizer, path: Path) -> Path:
-    save_weights(model, path / "weights", case.architecture.vocab_rows, prefix="module.")
-    node = tokenizer_node(tokenizer.save(path / "context"), path / "context")
-    write_context(path / "context", case.architecture, DTYPES[case.precision], node)
+def write(content: Content, path: Path, file_format: str) -> Path:
+    """What `nemo-spin convert` and the end of a training run call."""
+    export(content, path, file_format)
     return path
 
 
-def write_nemo1(model: GPTModel, case: Case, tokenizer: NeMoTokenizer, path: Path) -> Path:
-    folder = path.with_suffix("")
-    save_weights(model, folder / nemo_archive.WEIGHTS, case.architecture.vocab_rows)
-    config = to_nemo1_config(case.architecture, case.precision) | {
-        "target": MEGATRON_GPT,
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "tokenizer": tokenizer.save(folder),
-    }
-    (folder / nemo_archive.CONFIG).write_text(yaml.safe_dump(config))
-    nemo_archive.pack(folder, path)
-    return path
+def for_old_transformers(folder: Path) -> Path:
+    """A copy of a tokenizer that names the class that transformers 4 has."""
+    copy = folder.with_name(f"{folder.name}-4")
+    if not copy.exists():
+        shutil.copytree(folder, copy)
+        config = copy / "tokenizer_config.json"
+        config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    return copy
 
 
 @torch.no_grad()

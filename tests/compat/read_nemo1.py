@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import cpu_stubs
-
-cpu_stubs.install()
-
 import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as megatron_gpt_model
 import nemo.collections.nlp.modules.common.megatron.build_model as build_model
 import nemo.collections.nlp.parts.nlp_overrides as nlp_overrides
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 from omegaconf import OmegaConf
 
@@ -29,22 +22,20 @@ STUBS = [
 ]
 
 
-def local_layers(name: str, config: Any, *_: Any) -> Any:
-    return get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
-
-
 def install() -> None:
+    cpu_stubs.install()
     nlp_overrides.HAVE_APEX = True
     build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = (
         set_defaults_if_not_set_tensor_model_parallel_attributes
     )
-    megatron_gpt_model.get_specs = local_layers
+    megatron_gpt_model.get_specs = lambda name, config, *_: cpu_stubs.layers(config)
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK="0", WORLD_SIZE="1")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
 
 
 def restore(case: dict[str, Any]) -> tuple[str, float]:
+    install()
     model_class, connector = megatron_gpt_model.MegatronGPTModel, nlp_overrides.NLPSaveRestoreConnector()
     trainer = Trainer(
         accelerator="cpu", devices=1, strategy=nlp_overrides.NLPDDPStrategy(), logger=False, enable_checkpointing=False
@@ -64,12 +55,5 @@ def restore(case: dict[str, Any]) -> tuple[str, float]:
     return f"restore_from: {where}; logits", cpu_stubs.difference(model.model, torch.load(case["truth"]))
 
 
-def main() -> None:
-    case = json.loads(sys.argv[1])
-    install()
-    exercised, found = restore(case)
-    Path(case["result"]).write_text(json.dumps({"exercised": exercised, "difference": found, "stubs": STUBS}))
-
-
 if __name__ == "__main__":
-    main()
+    cpu_stubs.run_cases(restore, STUBS)
