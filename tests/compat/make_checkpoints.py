@@ -19,6 +19,7 @@ from toy import fill_deterministically, toy_architecture
 
 from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
+from nemo_spin.convert import convert
 from nemo_spin.export import Content, LiveWeights, export
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.gpt import DTYPES, build_gpt
@@ -26,6 +27,8 @@ from nemo_spin.tokenizers import build_tokenizer
 
 TEXT = "the answer is four"
 VOCABULARY = 96
+# What a training run writes into the configuration of a `.nemo`.
+OF_A_RUN = {"target": "nemo_spin.model.MegatronGPTSPINModel", "nemo_version": "3.0.0"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,17 @@ class Made:
 
 @dataclass(frozen=True)
 class Case:
-    """exported: whether NeMo 2 has an exporter to Hugging Face for it. in_nemo1: whether NeMo 1 has it."""
+    """exported: whether NeMo 2 has an exporter to Hugging Face for it. in_nemo1: whether NeMo 1 has it.
+
+    converted: whether the `.nemo` is converted from the NeMo 2 directory; else it is written as a training run does.
+    """
 
     architecture: Architecture
     tokenizer: str = "sentencepiece"
     precision: str = "32"
     exported: bool = False
     in_nemo1: bool = True
+    converted: bool = True
 
 
 def toy(**overrides: Any) -> Architecture:
@@ -58,7 +65,7 @@ def toy(**overrides: Any) -> Architecture:
 _LAYER_NORM = {"normalization": "LayerNorm", "gated_linear_unit": False}
 CASES = {
     "Llama 2": Case(toy(), exported=True),
-    "Llama 2, bf16": Case(toy(), precision="bf16"),
+    "Llama 2, bf16": Case(toy(), precision="bf16", converted=False),
     "Llama 2, Hugging Face tokenizer": Case(toy(), tokenizer="huggingface", exported=True),
     "Llama 2, padded vocabulary": Case(toy_architecture(vocab_rows=128, vocab_size=VOCABULARY)),
     "Llama 3.2": Case(
@@ -120,24 +127,23 @@ def make_checkpoints(directory: Path) -> dict[str, list[Made]]:
         tokenizer = tokenizers[case.tokenizer]
         model = fill_deterministically(build_gpt(case.architecture, case.precision))
         truth = _truth(case, folder / "truth.pt")
-        content = Content(case.architecture, LiveWeights(model, case.architecture), tokenizer)
+        content = Content(case.architecture, LiveWeights(model, case.architecture), tokenizer, OF_A_RUN)
         about = {"name": name, "truth": truth, "ids": tokenizer.encode(TEXT)}
-        path = write(content, folder / "nemo2", "nemo2")
+        path = folder / "nemo2"
+        export(content, path, "nemo2")
         made["nemo2"].append(Made(path=path, exported=case.exported, **about))
         if case.in_nemo1:
-            path = write(content, folder / "model.nemo", "nemo")
+            if case.converted:
+                convert(path, folder / "model.nemo", "nemo")
+            else:
+                export(content, folder / "model.nemo", "nemo")
+            path = folder / "model.nemo"
             # NeMo 1 keeps no Hugging Face tokenizer in an archive: its users name it.
             named = {"tokenizer": {"type": str(for_old_transformers(directory / "tokenizers" / "words"))}}
             override = named if case.tokenizer == "huggingface" else {}
             made["nemo1"].append(Made(path=path, override=override, **about))
     setup.shutdown()
     return made
-
-
-def write(content: Content, path: Path, file_format: str) -> Path:
-    """What `nemo-spin convert` and the end of a training run call."""
-    export(content, path, file_format)
-    return path
 
 
 def for_old_transformers(folder: Path) -> Path:
