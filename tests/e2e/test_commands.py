@@ -13,6 +13,9 @@ import pytest
 import torch
 import yaml
 
+from nemo_spin.checkpoint.opening import open_checkpoint
+
+FAMILIES = {"nemo2": "nemo2", "megatron": "bridge", "hf": "huggingface"}
 REPO = Path(__file__).resolve().parents[2]
 
 MAKE_INPUTS = """
@@ -57,12 +60,28 @@ def train(inputs: Path, run_dir: Path, *overrides: str) -> subprocess.CompletedP
     )
 
 
+def what_is_written_at_the_end_is_the_same_in_every_format(nemo: Path) -> None:
+    with open_checkpoint(nemo) as source:
+        store = source.weights()
+        expected = {name: store.read(name) for name in store.tensors}
+    for name, family in FAMILIES.items():
+        with open_checkpoint(nemo.with_name(f"{nemo.stem}-{name}")) as source:
+            assert source.family == family
+            store = source.weights()
+            assert set(store.tensors) == set(expected)
+            for key, tensor in expected.items():
+                found = store.read(key)
+                assert torch.equal(found, tensor[: len(found)]), (name, key)
+
+
 def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     layout = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
-    first = train(inputs, run_dir, *layout, "trainer.spin.max_iterations=1")
+    on_end = [f"exp_manager.checkpoint_callback_params.save_{name}_on_train_end=true" for name in FAMILIES]
+    first = train(inputs, run_dir, *layout, "trainer.spin.max_iterations=1", *on_end)
     assert first.returncode == 0, first.stderr
     nemo = run_dir / "checkpoints" / "megatron_gpt_spin_tiny.nemo"
+    what_is_written_at_the_end_is_the_same_in_every_format(nemo)
     assert "iteration 0" in first.stderr
     assert f"Saved {nemo}" in first.stderr
     assert list(run_dir.glob("events.out.tfevents.*"))
