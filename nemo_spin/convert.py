@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.source import CheckpointSource
-from nemo_spin.checkpoint.tokenizer_description import override
+from nemo_spin.checkpoint.tokenizer_description import from_path
 from nemo_spin.checkpoint.weight_store import EMBEDDING, Region, WeightStore
 from nemo_spin.errors import CheckpointError
 from nemo_spin.export import Content, StoredWeights, check_expressible, check_target, export
@@ -29,7 +29,7 @@ def convert(
     """Write the checkpoint at `source` to `target` as `file_format` (one of `export.FORMATS`); nothing else is kept.
 
     Weights keep their bits and their dtypes; the embedding loses padding rows only in Hugging Face's format, which has
-    no word for them. tokenizer_path: Hugging Face directory or sentencepiece file, in place of the checkpoint's own.
+    no word for them. tokenizer_path: in place of the checkpoint's own, see `tokenizer_description.from_path`.
 
     Returns what the user should know of the result, in sentences. Raises UserError in one sentence.
     """
@@ -39,8 +39,6 @@ def convert(
         notes = [opened.chosen] if opened.chosen else []
         tokenizer = _tokenizer(opened, tokenizer_path) if with_tokenizer else None
         architecture = opened.architecture(tokenizer.vocab_size if tokenizer else None)
-        if tokenizer is not None:
-            check_tokenizer_fits(tokenizer, architecture.vocab_rows, str(source))
         # Before an archive is unpacked.
         check_expressible(architecture, opened.tensors[EMBEDDING].dtype, file_format)
         with _Progress(opened.weights()) as store:
@@ -50,10 +48,13 @@ def convert(
 def _tokenizer(source: CheckpointSource, path: str | None) -> NeMoTokenizer:
     try:
         if path is not None:
-            return build_tokenizer(override(None, path, None) if Path(path).is_dir() else override(None, None, path))
-        return build_tokenizer(source.tokenizer, source.files_dir)
+            tokenizer = build_tokenizer(from_path(path))
+        else:
+            tokenizer = build_tokenizer(source.tokenizer, source.files_dir)
+        check_tokenizer_fits(tokenizer, source.tensors[EMBEDDING].shape[0], str(source.path))
     except CheckpointError as error:
-        raise CheckpointError(f"{error} Or convert without one: --no-tokenizer.") from None
+        raise CheckpointError(f"{error} Here that is --tokenizer PATH, or --no-tokenizer to leave it out.") from None
+    return tokenizer
 
 
 class _Progress:

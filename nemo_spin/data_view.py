@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from nemo_spin.checkpoint.opening import open_checkpoint
-from nemo_spin.checkpoint.tokenizer_description import override
+from nemo_spin.checkpoint.tokenizer_description import from_path
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.tokenizer import TextTokenizer
@@ -66,9 +66,7 @@ def show_data(
 def _tokenizer(checkpoint: str | None, tokenizer_path: str | None) -> tuple[TextTokenizer, int]:
     """The tokenizer, and the longest sequence that its checkpoint takes."""
     if checkpoint is None:
-        is_sentencepiece = str(tokenizer_path).endswith(".model")
-        description = override(None, None, tokenizer_path) if is_sentencepiece else override(None, tokenizer_path, None)
-        return build_tokenizer(description), _NO_LIMIT
+        return build_tokenizer(from_path(str(tokenizer_path))), _NO_LIMIT
     with open_checkpoint(checkpoint) as source:
         tokenizer = build_tokenizer(source.tokenizer, source.files_dir)
         return tokenizer, source.architecture(tokenizer.vocab_size).max_sequence_length

@@ -29,7 +29,7 @@ from nemo_spin.checkpoint.megatron_tokenizer import FILES
 from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.checkpoint.weight_store import EMBEDDING, WeightStore
 from nemo_spin.checkpoint.weights import save_weights
-from nemo_spin.errors import ConfigError
+from nemo_spin.errors import CheckpointError, ConfigError
 from nemo_spin.tokenizers import NeMoTokenizer
 
 
@@ -124,7 +124,7 @@ def export(content: Content, target: Path, file_format: str) -> list[str]:
     """Write `content` to `target`, replacing what is there; every process that has a part of the weights calls it.
 
     It is built beside the target, synced and renamed: it is whole or not there. Returns what the user should know of
-    the result, in sentences. Raises CheckpointError if the format cannot express the model.
+    the result, in sentences. Raises CheckpointError if the format cannot express the model, or nothing can be written.
     """
     check_expressible(content.architecture, content.weights.dtype, file_format)
     folder = target.with_name(f".unfinished-{target.name}.d")
@@ -139,6 +139,9 @@ def export(content: Content, target: Path, file_format: str) -> list[str]:
             _publish(folder, target, file_format)
         _barrier()
         return notes
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{target} cannot be written ({reason}): make room, or choose another place.") from error
     finally:
         if _is_main():
             shutil.rmtree(folder, ignore_errors=True)

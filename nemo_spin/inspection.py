@@ -119,7 +119,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(found["chosen"])
     facts = {
         "written by": found["written_by"] or "not said",
-        "parameters": f"{found['parameters']:,} ({_count(found['parameters'])}), {found['bytes'] / 2**30:.2f} GiB",
+        "parameters": f"{found['parameters']:,} ({_count(found['parameters'])}), {_size(found['bytes'])}",
         "precision": ", ".join(f"{dtype} ({number} tensors)" for dtype, number in found["precision"].items()),
     }
     if architecture := found["architecture"]:
@@ -151,15 +151,21 @@ def _architecture_lines(architecture: dict[str, Any]) -> dict[str, str]:
             position += f", positions divided by {a['seq_len_interpolation_factor']:g}"
     gated = "gated " if a["gated_linear_unit"] else ""
     biases = [name for name, on in (("all", a["add_bias_linear"]), ("qkv", a["add_qkv_bias"])) if on]
+    rows = f"{a['vocab_rows']:,} rows"
+    if a["vocab_size"] != a["vocab_rows"]:
+        rows = f"{a['vocab_size']:,} tokens in {rows}"
     return {
         "layers": f"{a['num_layers']} x hidden {a['hidden_size']}, ffn {a['ffn_hidden_size']} ({gated}"
         f"{a['activation_func']}), {a['normalization']} (epsilon {a['layernorm_epsilon']:g})",
         "attention": f"{a['num_attention_heads']} heads of {a['kv_channels']}, {a['num_query_groups']} query groups"
         f"{', q and k normalized' if a['qk_layernorm'] else ''}; biases: {', '.join(biases) or 'none'}",
         "positions": f"{position}; context {a['max_sequence_length']}",
-        "vocabulary": f"{a['vocab_size']} tokens in {a['vocab_rows']} rows, output layer "
-        f"{'tied' if a['share_embeddings_and_output_weights'] else 'of its own'}",
+        "vocabulary": f"{rows}, output layer {'tied' if a['share_embeddings_and_output_weights'] else 'of its own'}",
     }
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.2f} MiB"
 
 
 def _count(number: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from nemo_spin.errors import CheckpointError, ConfigError
 
 _TIKTOKEN_OPTIONS = ("encoding_name", "num_special_tokens", "pattern", "vocab_size")
+_LIBRARY_OF = {".model": "sentencepiece", ".json": "tiktoken"}
 OVERRIDE_HINT = "give one that is at hand, for example model.tokenizer.type=/path/to/huggingface_tokenizer_directory"
 
 
@@ -147,3 +148,26 @@ def override(library: str | None, type: str | None, model: str | None) -> Tokeni
     if not source:
         raise ConfigError(f"model.tokenizer.library: {library} needs model.tokenizer.{key} as well.")
     return TokenizerDescription(library=library, source=source, origin=f"model.tokenizer.{key}")
+
+
+def from_path(path: str, option: str = "--tokenizer") -> TokenizerDescription:
+    """From a path on the command line: a sentencepiece *.model, a *.json vocabulary of tiktoken as NeMo has it, or else
+    the directory or the name of a Hugging Face tokenizer.
+
+    option: where it was given, for messages. Raises ConfigError if a file is not there, or is only one of the files of
+    a Hugging Face tokenizer.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir() or file.suffix not in _LIBRARY_OF:
+        return TokenizerDescription(library="huggingface", source=path, origin=option)
+    if not file.is_file():
+        raise ConfigError(f"{option} {path}: there is no such file.")
+    if file.suffix == ".json" and _begins_with(file, b"{"):
+        # A vocabulary of tiktoken is a list.
+        raise ConfigError(f"{option} {path}: this is a part of a Hugging Face tokenizer; give its directory.")
+    return TokenizerDescription(library=_LIBRARY_OF[file.suffix], source=path, origin=option)
+
+
+def _begins_with(file: Path, character: bytes) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(64).lstrip().startswith(character)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -39,7 +40,7 @@ from nemo_spin.checkpoint.extra_state import empty_extra_state, extra_state_keys
 from nemo_spin.checkpoint.metadata_pickle import read_metadata
 from nemo_spin.checkpoint.stacked import StackedStore
 from nemo_spin.checkpoint.weight_store import LAYERS, Region, StoredTensor, WeightStore
-from nemo_spin.errors import CheckpointError
+from nemo_spin.errors import CheckpointError, UserError
 
 _RESAVE = "re-save it as torch_dist (in NeMo 1 with dist_ckpt_format: torch_dist)"
 # Largest piece that is written at a time, in bytes.
@@ -164,7 +165,10 @@ def write_torch_dist(
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({}, storage_writer=writer, planner=_PiecePlanner(store, prefix), no_dist=True)
+        try:
+            dcp.save({}, storage_writer=writer, planner=_PiecePlanner(store, prefix), no_dist=True)
+        except CheckpointException as failed:
+            raise _origin(failed) from failed
     torch.save(common_state or {}, directory / "common.pt")
     description = {
         "sharded_backend": "torch_dist",
@@ -173,6 +177,15 @@ def write_torch_dist(
         "common_backend_version": 1,
     }
     (directory / "metadata.json").write_text(json.dumps(description))
+
+
+def _origin(failed: CheckpointException) -> BaseException:
+    """Why torch's writer failed, which wraps all that is raised, Ctrl-C and a full disk included."""
+    error, _ = next(iter(failed.failures.values()))
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (UserError, OSError, KeyboardInterrupt)):
+        cause = cause.__context__
+    return cause or error
 
 
 class _PiecePlanner(dcp.DefaultSavePlanner):

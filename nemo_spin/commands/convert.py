@@ -27,7 +27,11 @@ def add_parser(commands: Any) -> None:
     add("--to", dest="target", required=True, metavar="PATH", help="what is written; the name of a .nemo ends in .nemo")
     add("--format", dest="file_format", required=True, choices=FORMATS, help="of what is written")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tokenizer", metavar="PATH", help="Hugging Face directory or sentencepiece .model to put in")
+    which.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="to put in: Hugging Face directory or name, sentencepiece .model, or tiktoken .json",
+    )
     which.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     add("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=_run)

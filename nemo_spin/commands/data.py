@@ -21,8 +21,12 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="JSONL, compressed JSONL, parquet, or a saved data set's directory")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--checkpoint", metavar="CKPT", help="its tokenizer and its context; no weights are read")
-    which.add_argument("--tokenizer", metavar="PATH", help="Hugging Face directory or name, or a sentencepiece .model")
+    which.add_argument(
+        "--checkpoint", metavar="CKPT", help="any checkpoint: its tokenizer and its context; no weights are read"
+    )
+    which.add_argument(
+        "--tokenizer", metavar="PATH", help="Hugging Face directory or name, sentencepiece .model, or tiktoken .json"
+    )
     add_record_options(parser)
     add("--max-seq-length", type=int, metavar="N", help="longest example in tokens (default: the checkpoint's context)")
     add("--overlong", choices=OVERLONG, default="refuse", help="what becomes of longer examples (default refuse)")

@@ -12,7 +12,12 @@ from nemo_spin.errors import ConfigError
 def add_model_options(parser: argparse.ArgumentParser, micro_batch_help: str) -> None:
     """--checkpoint, --tp, --pp, --precision, --micro-batch-size and --accelerator."""
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="CKPT", help=".nemo file, unpacked .nemo, or NeMo 2 directory")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="NeMo, Megatron or Hugging Face checkpoint, or a run's directory",
+    )
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default 1)")
     add("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default 1)")
     add("--precision", choices=["32", "bf16"], default="32", help="of the computation (default 32)")

@@ -203,8 +203,8 @@ class DatasetConfig:
 class TokenizerConfig:
     """`model.tokenizer`: replaces the checkpoint's own; at least one of the three is set.
 
-    library: "huggingface" or "sentencepiece". type: name or directory of a Hugging Face tokenizer. model: sentencepiece
-    file.
+    library: "huggingface", "sentencepiece" or "tiktoken". type: name or directory of a Hugging Face tokenizer.
+    model: sentencepiece file, or tiktoken's vocabulary.
     """
 
     library: str | None

@@ -125,9 +125,13 @@ def test_a_conversion_that_fails_leaves_nothing_behind(checkpoints: dict[str, st
     shutil.copytree(checkpoints["nemo2"], broken)
     (shard,) = (broken / "weights").glob("*.distcp")
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        convert(broken, tmp_path / "out", "hf")
-    assert {path.name for path in tmp_path.iterdir()} == {"there", "broken"}
+    for file_format in ("hf", "megatron"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            convert(broken, tmp_path / "out", file_format)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="out cannot be written"):
+        convert(checkpoints["hf"], tmp_path / "file" / "out", "nemo2")
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "broken", "file"}
 
 
 def test_inspect_tells_what_each_is(checkpoints: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

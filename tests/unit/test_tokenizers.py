@@ -19,6 +19,7 @@ from nemo_spin.checkpoint.tokenizer_description import (
     from_huggingface,
     from_nemo1,
     from_nemo2,
+    from_path,
     override,
 )
 from nemo_spin.errors import CheckpointError, ConfigError, DataError
@@ -293,6 +294,23 @@ def test_tokenizers_that_are_not_at_hand(
         build_tokenizer(description, tmp_path)
     assert words in str(error.value)
     assert "model.tokenizer." in str(error.value)
+
+
+def test_a_path_on_the_command_line(tmp_path: Path) -> None:
+    directory = write_huggingface(tmp_path / "tokenizer.model")
+    files = {
+        directory: "huggingface",
+        write_sentencepiece(tmp_path / "spm.model"): "sentencepiece",
+        write_tiktoken(tmp_path / "vocab.json"): "tiktoken",
+    }
+    for path, library in files.items():
+        assert from_path(str(path)).library == library
+        assert build_tokenizer(from_path(str(path))).encode("one")
+    assert from_path("some/name").library == "huggingface"
+    with pytest.raises(ConfigError, match=r"--tokenizer .*none\.model: there is no such file"):
+        from_path(str(tmp_path / "none.model"))
+    with pytest.raises(ConfigError, match="a part of a Hugging Face tokenizer"):
+        from_path(str(directory / "tokenizer.json"))
 
 
 def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,3 +128,34 @@ def test_without_tensorstore_one_sentence_names_the_extra(
     monkeypatch.setitem(__import__("sys").modules, "tensorstore", None)
     with pytest.raises(CheckpointError, match=r"pip install 'nemo-spin\[zarr\]'"):
         ZarrStore(tmp_path, "model.", "it")
+
+
+def full_disk() -> None:
+    """As torch leaves it: the zip file that it closes fails because of the disk."""
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    finally:
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def damaged() -> None:
+    try:
+        raise EOFError
+    except EOFError as error:
+        raise CheckpointError("it is damaged") from error
+
+
+@pytest.mark.parametrize(
+    ("fail", "expected"), [(full_disk, OSError), (ctrl_c, KeyboardInterrupt), (damaged, CheckpointError)]
+)
+def test_what_stops_a_writer_is_raised_as_it_was(
+    tmp_path: Path, architecture: Architecture, fail: Callable[[], None], expected: type[BaseException]
+) -> None:
+    store = random_store(architecture)
+    store.read = lambda *_: fail()
+    with pytest.raises(expected):
+        write_torch_dist(store, tmp_path / "weights", "")
