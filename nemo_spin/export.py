@@ -116,6 +116,10 @@ def check_target(target: Path, file_format: str, overwrite: bool) -> None:
     """Raises ConfigError if a checkpoint of this format should not be written there."""
     if file_format == "nemo" and target.suffix != ".nemo":
         raise ConfigError(f"{target}: the name of a .nemo archive ends in .nemo; add it.")
+    if file_format != "nemo" and target.suffix == ".nemo":
+        raise ConfigError(
+            f"{target}: this format is a directory, and the name is that of a .nemo archive; choose another."
+        )
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists already: choose another place, or replace it with --overwrite.")
 

@@ -200,7 +200,11 @@ def write_huggingface_weights(
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     unfinished = file.with_name(f".unfinished-{file.name}")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file(tensors, unfinished, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read, whatever the umask says.
+        unfinished.chmod(mode)
         os.replace(unfinished, file)
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())

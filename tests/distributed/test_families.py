@@ -121,6 +121,8 @@ def test_a_conversion_that_fails_leaves_nothing_behind(checkpoints: dict[str, st
         convert(checkpoints["hf"], tmp_path / "there", "nemo2")
     with pytest.raises(ConfigError, match=r"ends in \.nemo"):
         convert(checkpoints["hf"], tmp_path / "x", "nemo")
+    with pytest.raises(ConfigError, match="choose another"):
+        convert(checkpoints["hf"], tmp_path / "x.nemo", "hf")
     broken = tmp_path / "broken"
     shutil.copytree(checkpoints["nemo2"], broken)
     (shard,) = (broken / "weights").glob("*.distcp")

@@ -126,6 +126,15 @@ def test_processes_share_the_files(tmp_path: Path) -> None:
     assert all(len(content) < 23_000 for name, content in files.items() if name.endswith(".safetensors"))
 
 
+def test_others_may_read_the_files_as_the_umask_says(tmp_path: Path) -> None:
+    write(tmp_path / "theirs", "llama2")
+    store, architecture = open_store(tmp_path / "theirs")
+    (tmp_path / "one").mkdir()
+    write_huggingface_weights(store, architecture, tmp_path / "one")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "one" / "model.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     write(tmp_path, "llama2")
     store, architecture = open_store(tmp_path)
