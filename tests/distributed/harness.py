@@ -6,6 +6,7 @@ A test hands `Workers.run` a module-level function; every rank calls it inside i
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -14,15 +15,16 @@ import signal
 import sys
 import tempfile
 import traceback
+import types
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# Some of a task's process groups outlive it, and with them gloo's threads, which wake up all the time: after hundreds
-# of tasks they have the machine for themselves.
-_TASKS_OF_A_POOL = 40
+# A few threads are left behind by every training run.
+_TASKS_OF_A_POOL = 200
 
 
 def _work(tasks: Any, results: Any) -> None:
@@ -36,6 +38,7 @@ def _work(tasks: Any, results: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    models = _weak_references_to_models()
     while (task := tasks.get()) is not None:
         function, args, kwargs, rank, world_size, tp, pp, store_path = task
         try:
@@ -50,6 +53,36 @@ def _work(tasks: Any, results: Any) -> None:
             results.put((rank, False, traceback.format_exc()))
         finally:
             setup.shutdown()
+            _let_go_of(models)
+
+
+def _weak_references_to_models() -> list[weakref.ref]:
+    """A list to which every model that is wrapped for training is added."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    found: list[weakref.ref] = []
+    wrap = DistributedDataParallel.__init__
+
+    def wrap_and_note(self: Any, *args: Any, **kwargs: Any) -> None:
+        wrap(self, *args, **kwargs)
+        found.append(weakref.ref(self))
+
+    DistributedDataParallel.__init__ = wrap_and_note
+    return found
+
+
+def _let_go_of(models: list[weakref.ref]) -> None:
+    """Free what a task has left of its models, and with them their process groups.
+
+    megatron-core hangs hooks that know the model on autograd's nodes, a circle that Python's collector does not see.
+    Left alone, gloo's threads of all groups there ever were wake up all the time, and have the machine for themselves.
+    """
+    while models:
+        if (model := models.pop()()) is not None:
+            for cell in gc.get_referrers(model):
+                if isinstance(cell, types.CellType):
+                    cell.cell_contents = None
+    gc.collect()
 
 
 class Workers:
