@@ -50,7 +50,7 @@ def _tokenizer(source: CheckpointSource, path: str | None) -> NeMoTokenizer:
         if path is not None:
             tokenizer = build_tokenizer(from_path(path))
         else:
-            tokenizer = build_tokenizer(source.tokenizer, source.files_dir)
+            tokenizer = build_tokenizer(source.tokenizer, source.places)
         check_tokenizer_fits(tokenizer, source.tensors[EMBEDDING].shape[0], str(source.path))
     except CheckpointError as error:
         raise CheckpointError(f"{error} Here that is --tokenizer PATH, or --no-tokenizer to leave it out.") from None

@@ -68,7 +68,7 @@ def _tokenizer(checkpoint: str | None, tokenizer_path: str | None) -> tuple[Text
     if checkpoint is None:
         return build_tokenizer(from_path(str(tokenizer_path))), _NO_LIMIT
     with open_checkpoint(checkpoint) as source:
-        tokenizer = build_tokenizer(source.tokenizer, source.files_dir)
+        tokenizer = build_tokenizer(source.tokenizer, source.places)
         return tokenizer, source.architecture(tokenizer.vocab_size).max_sequence_length
 
 

@@ -159,11 +159,12 @@ def _publish(folder: Path, target: Path, file_format: str) -> None:
         if file.is_file():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
+    replaced = target.with_name(f".replaced-{target.name}")
     if target.is_dir():
-        shutil.rmtree(target)
-    else:
-        target.unlink(missing_ok=True)
+        # A directory cannot be replaced in one step: the old one stays until the new one is there.
+        target.rename(replaced)
     folder.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _write_nemo(content: Content, folder: Path, target: Path) -> list[str]:

@@ -25,10 +25,10 @@ from nemo_spin.data.prompts import Prompt, read_prompts
 from nemo_spin.generation.end_strings import text_of_response
 from nemo_spin.generation.engine import GenerationRequest
 from nemo_spin.megatron import setup
-from nemo_spin.model import MegatronGPTSPINModel, restore_tokenizer
+from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.response_file import Found, check_output, find_responses, writing
 from nemo_spin.rollouts import sequence_logps
-from nemo_spin.tokenizers import check_tokenizer_fits
+from nemo_spin.tokenizers import check_tokenizer_fits, restore_tokenizer
 
 # A chunk is generated, then scored, then written. In its end slots run empty; all of it is lost when the process ends.
 _SLOTS_FILLED_PER_CHUNK = 8

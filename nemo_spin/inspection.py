@@ -90,7 +90,7 @@ def _tokenizer(source: CheckpointSource, found: dict[str, Any]) -> NeMoTokenizer
     if described is None:
         found["problems"].append("The checkpoint names no tokenizer: give one as model.tokenizer.")
         return None
-    at_hand = local_path(described, source.files_dir) is not None
+    at_hand = local_path(described, source.places) is not None
     known = found["tokenizer"] = {"library": described.library, "source": described.source, "found": at_hand}
     if not at_hand:
         found["problems"].append(
@@ -99,7 +99,7 @@ def _tokenizer(source: CheckpointSource, found: dict[str, Any]) -> NeMoTokenizer
         )
         return None
     try:
-        tokenizer = build_tokenizer(described, source.files_dir)
+        tokenizer = build_tokenizer(described, source.places)
     except CheckpointError as error:
         found["problems"].append(str(error))
         return None

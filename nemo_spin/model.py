@@ -6,7 +6,7 @@ It registers the package with NeMo, so that NeMo restores archives that name thi
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from nemo_spin.archive import SPINSaveRestoreConnector, by_own_connector
 from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
 from nemo_spin.checkpoint.opening import open_checkpoint
-from nemo_spin.checkpoint.source import CheckpointSource
-from nemo_spin.checkpoint.tokenizer_description import from_nemo1, override
+from nemo_spin.checkpoint.tokenizer_description import from_nemo1
 from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
@@ -36,7 +35,7 @@ from nemo_spin.megatron.steps import Batching
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.reference import Reference
 from nemo_spin.rollouts import Rollout, roll_out, score_given
-from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
+from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
     nemo_common.ALLOWED_TARGET_PREFIXES.append("nemo_spin.")
@@ -298,15 +297,6 @@ class MegatronGPTSPINModel(ModelPT):
     def list_available_models(cls) -> list[Any]:
         """None: start from your own SFT checkpoint."""
         return []
-
-
-def restore_tokenizer(source: CheckpointSource, overriding: Mapping[str, Any] | None) -> NeMoTokenizer:
-    """The tokenizer that `model.tokenizer` {library, type, model} names, else the checkpoint's own."""
-    chosen = overriding and override(*(overriding.get(key) for key in ("library", "type", "model")))
-    # An archive's own configuration names files inside the archive.
-    if chosen and not str(chosen.source).startswith("nemo:"):
-        return build_tokenizer(chosen)
-    return build_tokenizer(source.tokenizer, source.files_dir)
 
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.gpt import DTYPES
 from nemo_spin.memory import MemoryEstimate, check_fits, estimate
-from nemo_spin.model import MegatronGPTSPINModel, restore_tokenizer
+from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.report import write_report
 from nemo_spin.reporting import Reporter
 from nemo_spin.time_limit import TimeLimit
-from nemo_spin.tokenizers import check_tokenizer_fits
+from nemo_spin.tokenizers import check_tokenizer_fits, restore_tokenizer
 from nemo_spin.trainer import SPINTrainer
 
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")

@@ -144,6 +144,12 @@ def architecture_from_huggingface(config: Mapping[str, Any], where: str) -> Arch
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:
+    classes = config.get("architectures") or []
+    if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
+        raise CheckpointError(
+            f"{where} says architectures: {', '.join(map(str, classes))}, which is no causal language model: give one "
+            "that was saved as such, LlamaForCausalLM for example."
+        )
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in DEFAULTS:
         raise CheckpointError(
@@ -158,12 +164,6 @@ def _refuse(config: Mapping[str, Any], where: str) -> None:
                 f"{where} has a {key}{f' ({method})' if method else ''}: quantized weights cannot be trained; give the "
                 "model in bf16 or fp32."
             )
-    classes = config.get("architectures") or []
-    if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
-        raise CheckpointError(
-            f"{where} says architectures: {', '.join(map(str, classes))}, which is no causal language model: give one "
-            f"that was saved as {CLASSES[model_type]}."
-        )
 
 
 def _activation(model_type: str, name: str, where: str) -> Callable[[torch.Tensor], torch.Tensor]:

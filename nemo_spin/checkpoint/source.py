@@ -46,6 +46,11 @@ class CheckpointSource:
     _store_in: Callable[[Path], WeightStore] | None = field(repr=False, default=None, kw_only=True)
 
     @property
+    def places(self) -> list[Path]:
+        """Where files that the configuration names may be: among the checkpoint's own, and beside it."""
+        return [self.files_dir, self.path.resolve().parent]
+
+    @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """What is stored, by megatron-core's names, layers one by one."""
         return self._store.tensors

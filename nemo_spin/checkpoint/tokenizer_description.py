@@ -80,7 +80,8 @@ def _values(special_tokens: Mapping[str, str] | list[str]) -> list[str]:
     return list(special_tokens.values()) if isinstance(special_tokens, Mapping) else list(special_tokens)
 
 
-_HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+# One of them is in every directory of a Hugging Face tokenizer.
+HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 HF_ROLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -129,7 +130,7 @@ def from_nemo2(node: Any, origin: str) -> TokenizerDescription | None:
 def from_huggingface(directory: Path) -> TokenizerDescription | None:
     """From the files of a Hugging Face directory; None when there is no tokenizer."""
     path = os.path.abspath(directory)
-    if any((directory / name).is_file() for name in _HF_FILES):
+    if any((directory / name).is_file() for name in HF_FILES):
         return TokenizerDescription(library="huggingface", source=path, origin=path)
     if (directory / "tokenizer.model").is_file():
         return TokenizerDescription(library="sentencepiece", source=os.path.join(path, "tokenizer.model"), origin=path)

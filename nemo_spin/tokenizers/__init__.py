@@ -1,6 +1,6 @@
 """The tokenizer of a checkpoint: NeMo's, of three libraries, behind one small interface."""
 
 from nemo_spin.tokenizers.base import NeMoTokenizer
-from nemo_spin.tokenizers.build import build_tokenizer, check_tokenizer_fits
+from nemo_spin.tokenizers.build import build_tokenizer, check_tokenizer_fits, restore_tokenizer
 
-__all__ = ["NeMoTokenizer", "build_tokenizer", "check_tokenizer_fits"]
+__all__ = ["NeMoTokenizer", "build_tokenizer", "check_tokenizer_fits", "restore_tokenizer"]

@@ -5,10 +5,12 @@ NeMo is imported when a tokenizer is built: it takes seconds, and configurations
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint.tokenizer_description import OVERRIDE_HINT, TokenizerDescription
+from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.checkpoint.tokenizer_description import HF_FILES, OVERRIDE_HINT, TokenizerDescription, override
 from nemo_spin.errors import CheckpointError
 from nemo_spin.tokenizers import huggingface, sentencepiece, tiktoken
 from nemo_spin.tokenizers.base import NeMoTokenizer
@@ -20,12 +22,12 @@ _BUILDERS = {
 }
 
 
-def build_tokenizer(description: TokenizerDescription | None, base_dir: str | Path | None = None) -> NeMoTokenizer:
+def build_tokenizer(description: TokenizerDescription | None, places: Sequence[Path] = ()) -> NeMoTokenizer:
     """The tokenizer that a checkpoint's configuration, or an override of it, describes.
 
-    base_dir: where the checkpoint's files are (`CheckpointSource.files_dir`); None for an override. The files are not
-    needed any more when this returns. Code that comes with a tokenizer is never run. Raises CheckpointError, in one
-    sentence that says what to give instead, if the tokenizer is not at hand or of another kind.
+    places: directories in which its files are looked for first (`CheckpointSource.places`); none for an override. The
+    files are not needed any more when this returns. Code that comes with a tokenizer is never run. Raises
+    CheckpointError, in one sentence that says what to give instead, if the tokenizer is not at hand or of another kind.
     """
     if description is None:
         raise CheckpointError(f"The checkpoint does not say which tokenizer it was trained with: {OVERRIDE_HINT}.")
@@ -34,7 +36,16 @@ def build_tokenizer(description: TokenizerDescription | None, base_dir: str | Pa
             f"{description.origin} asks for a tokenizer of the kind {description.library}, which is not supported: "
             f"{OVERRIDE_HINT}."
         )
-    return _BUILDERS[description.library](description, local_path(description, base_dir))
+    return _BUILDERS[description.library](description, local_path(description, places))
+
+
+def restore_tokenizer(source: CheckpointSource, overriding: Mapping[str, Any] | None) -> NeMoTokenizer:
+    """The tokenizer that `model.tokenizer` {library, type, model} names, else the checkpoint's own."""
+    chosen = overriding and override(*(overriding.get(key) for key in ("library", "type", "model")))
+    # An archive's own configuration names files inside the archive.
+    if chosen and not str(chosen.source).startswith("nemo:"):
+        return build_tokenizer(chosen)
+    return build_tokenizer(source.tokenizer, source.places)
 
 
 def check_tokenizer_fits(tokenizer: Any, vocab_rows: int, origin: str) -> None:
@@ -49,11 +60,18 @@ def check_tokenizer_fits(tokenizer: Any, vocab_rows: int, origin: str) -> None:
         )
 
 
-def local_path(description: TokenizerDescription, base_dir: str | Path | None) -> Path | None:
-    """The file or directory that the description names, if it is on this machine."""
+def local_path(description: TokenizerDescription, places: Sequence[Path]) -> Path | None:
+    """The file or directory that the description names, if it is in one of the places or elsewhere on this machine."""
     source = (description.source or "").removeprefix("nemo:")
     if not source:
         return None
-    in_checkpoint = [Path(base_dir) / source, Path(base_dir) / Path(source).name] if base_dir else []
-    elsewhere = [] if (description.source or "").startswith("nemo:") else [Path(source).expanduser()]
-    return next((path for path in [*in_checkpoint, *elsewhere] if path.exists()), None)
+    found = [path for place in places for name in (source, Path(source).name) if _is_tokenizer(path := place / name)]
+    elsewhere = Path(source).expanduser()
+    if not (description.source or "").startswith("nemo:") and elsewhere.exists():
+        found.append(elsewhere)
+    return found[0] if found else None
+
+
+def _is_tokenizer(path: Path) -> bool:
+    """A directory may bear a tokenizer's name without being one: a model's or a run's, beside the checkpoint."""
+    return path.is_file() or any((path / name).is_file() for name in HF_FILES)

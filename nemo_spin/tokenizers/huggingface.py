@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, try_to_load_from_cache
+
 from nemo_spin.checkpoint.tokenizer_description import HF_ROLES, OVERRIDE_HINT, TokenizerDescription
 from nemo_spin.errors import CheckpointError
 from nemo_spin.tokenizers.base import NeMoTokenizer, one_line
@@ -111,6 +113,8 @@ def build(description: TokenizerDescription, local: Path | None) -> HuggingFaceT
     if isinstance(special_tokens, list):
         special_tokens = {"additional_special_tokens": special_tokens}
     try:
+        if local is None:
+            _find_by_name(source)
         tokenizer = AutoTokenizer(
             source,
             use_fast=description.use_fast,
@@ -125,6 +129,15 @@ def build(description: TokenizerDescription, local: Path | None) -> HuggingFaceT
             f"({one_line(error)[:200]}): {OVERRIDE_HINT}."
         ) from None
     return HuggingFaceTokenizer(tokenizer, description, _files(tokenizer, local))
+
+
+def _find_by_name(name: str) -> None:
+    """Raises an error if a tokenizer is neither in the hub's cache nor on the hub.
+
+    Asked once: without a network, NeMo and transformers ask for minutes.
+    """
+    if not isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str):
+        HfApi().model_info(name, timeout=10)
 
 
 def _files(tokenizer: Any, local: Path | None) -> dict[str, bytes]:

@@ -13,7 +13,9 @@ import torch
 from harness import Workers
 from runs import make_checkpoint, make_data, training_run
 from selfplay import whole_weights
+from stores import write_zarr
 
+from nemo_spin.checkpoint import nemo_archive
 from nemo_spin.checkpoint.opening import open_checkpoint
 
 FAMILIES = {"nemo": "nemo1", "nemo2": "nemo2", "megatron": "bridge", "hf": "huggingface"}
@@ -67,6 +69,20 @@ def test_a_conversion_keeps_every_bit(
         assert torch.equal(tensor, after[name]), name
 
 
+def older_layouts(checkpoints: dict[str, str], directory: Path) -> dict[str, str]:
+    """The same model as Megatron-LM leaves it, without Megatron-Bridge's configuration, and in NeMo's zarr layout."""
+    megatron = directory / "megatron-lm"
+    shutil.copytree(checkpoints["megatron"], megatron)
+    next(megatron.glob("iter_*/run_config.yaml")).unlink()
+    zarr = directory / "zarr"
+    nemo_archive.unpack(checkpoints["nemo"], zarr, lambda name: not name.startswith(nemo_archive.WEIGHTS))
+    with open_checkpoint(checkpoints["nemo"]) as source:
+        write_zarr(source.weights(), zarr / nemo_archive.WEIGHTS)
+    with open_checkpoint(megatron) as first, open_checkpoint(zarr) as second:
+        assert (first.family, second.family, second.layout) == ("megatron", "nemo1", "zarr")
+    return {"megatron-lm": str(megatron), "zarr": str(zarr)}
+
+
 def two_steps(checkpoint: str, data: str, run_dir: str) -> Any:
     overrides = {"trainer.spin.max_steps": 2, "trainer.spin.max_iterations": 1, "trainer.spin.max_epochs": 1}
     overrides |= {"model.spin.ref_policy_kl_penalty": 0.5, "model.optim.lr": 1e-3}
@@ -78,7 +94,7 @@ def test_a_run_ends_with_the_same_weights_from_every_family(
 ) -> None:
     data = make_data(str(tmp_path))
     ends = {}
-    for file_format, path in checkpoints.items():
+    for file_format, path in (checkpoints | older_layouts(checkpoints, tmp_path)).items():
         results = workers.run(two_steps, path, data, str(tmp_path / file_format), tp=2)
         assert results[0]["history"][-1]["step"] == 2
         ends[file_format] = whole_weights([result["shards"] for result in results])

@@ -43,7 +43,7 @@ def test_genuine_checkpoints_give_their_ground_truth_in_transformers(tmp_path: P
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with open_checkpoint(CHECKPOINTS / name) as source:
-        tokenizer = build_tokenizer(source.tokenizer, source.files_dir)
+        tokenizer = build_tokenizer(source.tokenizer, source.places)
         architecture = source.architecture(tokenizer.vocab_size)
         dtype = source.tensors["decoder.final_layernorm.weight"].dtype
         write_huggingface_config(architecture, dtype, tmp_path, eos_token_id=tokenizer.eos_id)

@@ -24,6 +24,7 @@ from nemo_spin.checkpoint.tokenizer_description import (
 )
 from nemo_spin.errors import CheckpointError, ConfigError, DataError
 from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits
+from nemo_spin.tokenizers.build import local_path
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -61,7 +62,7 @@ def test_huggingface_from_a_nemo2_context(tmp_path: Path) -> None:
     description = from_nemo2(
         {"_target_": AUTO, "pretrained_model_name": "nemo_tokenizer", "additional_special_tokens": ["<new>"]}, "it"
     )
-    tokenizer = build_tokenizer(description, tmp_path)
+    tokenizer = build_tokenizer(description, [tmp_path])
     assert tokenizer.encode("one two </s> four") == [3, 4, 2, 0]
     assert tokenizer.decode([3, 2, 4]) == "one </s> two"
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (7, 1, 2, 2)
@@ -77,7 +78,7 @@ def test_huggingface_from_a_nemo2_context(tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     node = tokenizer.save(archive)
     assert not (archive / "tokenizer" / "model.safetensors").exists()
-    again = build_tokenizer(from_nemo1({"tokenizer": node}, "archive"), archive)
+    again = build_tokenizer(from_nemo1({"tokenizer": node}, "archive"), [archive])
     assert again.encode("one <new>") == tokenizer.encode("one <new>") == [3, 6]
     assert again.render_chat(messages, add_generation_prompt=False) == "<user>hi"
 
@@ -85,7 +86,7 @@ def test_huggingface_from_a_nemo2_context(tmp_path: Path) -> None:
 def test_sentencepiece_from_a_nemo1_archive(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path / "abc_tokenizer.model")
     node = {"library": "sentencepiece", "model": "nemo:abc_tokenizer.model", "sentencepiece_legacy": True}
-    plain = build_tokenizer(from_nemo1({"tokenizer": node}, "it"), tmp_path)
+    plain = build_tokenizer(from_nemo1({"tokenizer": node}, "it"), [tmp_path])
     assert plain.decode(plain.encode("one six")) == "one six"
     assert not plain.space_sensitive
     # Legacy mode knows no roles of its own: they are the model's.
@@ -94,12 +95,12 @@ def test_sentencepiece_from_a_nemo1_archive(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="chat template"):
         plain.render_chat([], add_generation_prompt=True)
 
-    added = build_tokenizer(from_nemo1({"tokenizer": node | {"special_tokens": ["<extra>"]}}, "it"), tmp_path)
+    added = build_tokenizer(from_nemo1({"tokenizer": node | {"special_tokens": ["<extra>"]}}, "it"), [tmp_path])
     assert added.vocab_size == plain.vocab_size + 1
     assert added.encode("one<extra>")[-1] == added.id_of("<extra>") == plain.vocab_size
 
     again_node = added.save(tmp_path / "archive")
-    again = build_tokenizer(from_nemo1({"tokenizer": again_node}, "it"), tmp_path / "archive")
+    again = build_tokenizer(from_nemo1({"tokenizer": again_node}, "it"), [tmp_path / "archive"])
     assert again.encode("six<extra>one") == added.encode("six<extra>one")
 
 
@@ -119,7 +120,7 @@ def test_tiktoken_from_a_nemo1_archive(tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     write_tiktoken(tmp_path / "abc_vocab.json")
     node = {"library": "tiktoken", "model": None, "vocab_file": "nemo:abc_vocab.json"}
-    plain = build_tokenizer(from_nemo1({"tokenizer": node}, "it"), tmp_path)
+    plain = build_tokenizer(from_nemo1({"tokenizer": node}, "it"), [tmp_path])
     assert (plain.vocab_size, plain.bos_id, plain.eos_id, plain.pad_id) == (1263, 1, 2, 4)
     assert plain.encode("one two") == [1257, 1260]
     text = "naïve 日本 one two</s>"
@@ -133,18 +134,18 @@ def test_tiktoken_from_a_nemo1_archive(tmp_path: Path) -> None:
     options = {"num_special_tokens": 10, "vocab_size": 266, "pattern": r"\s?\S+|\s+", "special_tokens": special_tokens}
     target = "nemo.collections.common.tokenizers.tiktoken_tokenizer.TiktokenTokenizer"
     chosen = from_nemo2({"_target_": target, "vocab_file": "abc_vocab.json"} | options, "it")
-    small = build_tokenizer(chosen, tmp_path)
+    small = build_tokenizer(chosen, [tmp_path])
     assert (small.vocab_size, small.id_of("<extra>"), small.id_of("<SPECIAL_8>")) == (266, 7, 8)
     assert small.decode(small.encode(text)) == text
-    fewer = build_tokenizer(from_nemo1({"tokenizer": node | {"num_special_tokens": 20}}, "it"), tmp_path)
+    fewer = build_tokenizer(from_nemo1({"tokenizer": node | {"num_special_tokens": 20}}, "it"), [tmp_path])
     assert len({plain.fingerprint, small.fingerprint, fewer.fingerprint}) == 3
 
     for tokenizer in (plain, small):
         archive = tokenizer.save(tmp_path / "archive")
         context = tokenizer.save_nemo2(tmp_path / "context")
         for again in (
-            build_tokenizer(from_nemo1({"tokenizer": archive}, "it"), tmp_path / "archive"),
-            build_tokenizer(from_nemo2(context, "it"), tmp_path / "context"),
+            build_tokenizer(from_nemo1({"tokenizer": archive}, "it"), [tmp_path / "archive"]),
+            build_tokenizer(from_nemo2(context, "it"), [tmp_path / "context"]),
         ):
             assert again.encode(text) == tokenizer.encode(text)
             assert (again.vocab_size, again.id_of("<extra>")) == (tokenizer.vocab_size, tokenizer.id_of("<extra>"))
@@ -192,7 +193,7 @@ def test_sentencepiece_in_other_checkpoints(tmp_path: Path, options: dict[str, A
     file = write_sentencepiece(tmp_path / "x.model", "one two three four 12; naïve  x = 3", **options)
     description = TokenizerDescription("sentencepiece", str(file), "it", legacy=bool(extra), special_tokens=extra)
     tokenizer = build_tokenizer(description)
-    again = build_tokenizer(from_nemo2(tokenizer.save_nemo2(tmp_path / "context"), "it"), tmp_path / "context")
+    again = build_tokenizer(from_nemo2(tokenizer.save_nemo2(tmp_path / "context"), "it"), [tmp_path / "context"])
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
 
     assert tokenizer.save_huggingface(tmp_path / "hf") is None
@@ -232,7 +233,7 @@ def test_huggingface_in_other_checkpoints(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}]
     added = {"pad_token": "<pad>", "additional_special_tokens": ["<new>"]}
     node = {"_target_": AUTO, "pretrained_model_name": "theirs", "chat_template": "{{ 'mine' }}"} | added
-    changed = build_tokenizer(from_nemo2(node, "it"), tmp_path)
+    changed = build_tokenizer(from_nemo2(node, "it"), [tmp_path])
     context = changed.save_nemo2(tmp_path / "context")
     assert changed.save_huggingface(tmp_path / "hf") is None
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
@@ -240,7 +241,7 @@ def test_huggingface_in_other_checkpoints(tmp_path: Path) -> None:
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["additional_special_tokens"] == ["<new>"] and "extra_special_tokens" not in settings
     for again in (
-        build_tokenizer(from_nemo2(context, "it"), tmp_path / "context"),
+        build_tokenizer(from_nemo2(context, "it"), [tmp_path / "context"]),
         build_tokenizer(from_huggingface(tmp_path / "hf")),
     ):
         assert again.encode("one <new> <pad>") == changed.encode("one <new> <pad>")
@@ -252,9 +253,9 @@ def test_huggingface_in_other_checkpoints(tmp_path: Path) -> None:
 def test_which_tokenizer_a_huggingface_directory_has(tmp_path: Path) -> None:
     assert from_huggingface(tmp_path) is None
     write_sentencepiece(tmp_path / "tokenizer.model")
-    assert build_tokenizer(from_huggingface(tmp_path), tmp_path).library == "sentencepiece"
+    assert build_tokenizer(from_huggingface(tmp_path), [tmp_path]).library == "sentencepiece"
     write_huggingface(tmp_path)
-    assert build_tokenizer(from_huggingface(tmp_path), tmp_path).encode("three") == [5]
+    assert build_tokenizer(from_huggingface(tmp_path), [tmp_path]).encode("three") == [5]
 
 
 def test_an_override_takes_local_files(tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_tokenizers_that_are_not_at_hand(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError) as error:
-        build_tokenizer(description, tmp_path)
+        build_tokenizer(description, [tmp_path])
     assert words in str(error.value)
     assert "model.tokenizer." in str(error.value)
 
@@ -318,3 +319,18 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no end-of-sequence token"):
         build_tokenizer(override(None, str(tmp_path), None))
+
+
+def test_a_tokenizer_beside_its_checkpoint_is_found(tmp_path: Path) -> None:
+    checkpoint, beside = tmp_path / "files", tmp_path
+    (beside / "Llama-3.1-8B").mkdir(parents=True)
+    checkpoint.mkdir()
+    described = TokenizerDescription("huggingface", "meta-llama/Llama-3.1-8B", "it")
+    assert local_path(described, [checkpoint, beside]) is None  # a directory of that name, but no tokenizer
+    (beside / "Llama-3.1-8B" / "tokenizer.json").touch()
+    assert local_path(described, [checkpoint, beside]) == beside / "Llama-3.1-8B"
+    pieces = TokenizerDescription("sentencepiece", "nemo:abc_tokenizer.model", "it")
+    (beside / "abc_tokenizer.model").touch()
+    assert local_path(pieces, [checkpoint, beside]) == beside / "abc_tokenizer.model"
+    (checkpoint / "abc_tokenizer.model").touch()
+    assert local_path(pieces, [checkpoint, beside]) == checkpoint / "abc_tokenizer.model"

@@ -116,7 +116,7 @@ def test_a_window_limits_the_length(model_type: str, config: dict[str, Any], len
         ({"model_type": None}, "model_type: None"),
         ({"model_type": ["llama"]}, "model_type: "),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "saved as LlamaForCausalLM"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "which is no causal language model"),
         ({"hidden_act": "gelu"}, "hidden_act: gelu"),
         ({"attention_bias": True}, "attention_bias: True and mlp_bias: False"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type: yarn"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from stores import MemoryStore, random_store
+from stores import MemoryStore, random_store, write_zarr
 
 from nemo_spin.checkpoint import torch_dist
 from nemo_spin.checkpoint.architecture import Architecture
@@ -77,29 +77,6 @@ def test_a_damaged_piece_is_named(tmp_path: Path, architecture: Architecture) ->
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(CheckpointError, match=f"{EMBEDDING} cannot be read"):
         TorchDistStore(tmp_path, "model.", "it").read(EMBEDDING)
-
-
-def write_zarr(store: MemoryStore, directory: Path) -> None:
-    """As NeMo and tensorstore wrote it in 2024: [layers, ...] in chunks of a layer and half of its rows."""
-    import tensorstore
-
-    stacks: dict[str, list[torch.Tensor]] = {}
-    for name, tensor in store.weights.items():
-        layer = name.split(".")[2] if name.startswith("decoder.layers.") else None
-        key = name if layer is None else name.replace(f"layers.{layer}.", "layers.", 1)
-        stacks.setdefault("model." + key, []).append(tensor)
-    for key, tensors in stacks.items():
-        value = torch.stack(tensors) if ".layers." in key else tensors[0]
-        chunks = [1, -(-value.shape[1] // 2), *value.shape[2:]] if ".layers." in key else [-(-len(value) // 2)]
-        chunks += list(value.shape[len(chunks) :])
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": str(directory / key)},
-            "metadata": {"dtype": "bfloat16", "shape": list(value.shape), "chunks": chunks, "compressor": None},
-        }
-        array = tensorstore.open(spec, create=True).result()
-        array[...] = value.float().numpy().astype(array.dtype.numpy_dtype)
-    (directory / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
 
 
 def test_zarr_with_bf16(tmp_path: Path, architecture: Architecture) -> None:
