@@ -18,7 +18,7 @@ RUN pip list --format=freeze \
         | grep -iE '^(torch|torchvision|triton|pytorch-triton|transformer[-_]engine|apex|flash[-_]attn|numpy)==' \
         > /tmp/constraints.txt \
     && cat /tmp/constraints.txt \
-    && pip install --no-cache-dir --constraint /tmp/constraints.txt . \
+    && pip install --no-cache-dir --constraint /tmp/constraints.txt '.[zarr,tiktoken]' \
     && python -c 'import torch; assert torch.version.cuda, "torch was replaced by a build without CUDA"'
 
 COPY examples examples
