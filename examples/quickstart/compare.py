@@ -113,7 +113,8 @@ def measure_all(directory: Path, seed: int, spin_lr: float) -> list[Figures]:
     from sft import fine_tune, load
 
     from nemo_spin import MegatronGPTSPINModel
-    from nemo_spin.checkpoint.weights import load_directory
+    from nemo_spin.checkpoint.torch_dist import TorchDistStore
+    from nemo_spin.checkpoint.weights import load_weights
 
     model = MegatronGPTSPINModel.restore_from(str(directory / "sft.nemo"))
     judge = Judge(load(model, directory / "held_out.jsonl"), seed)
@@ -122,7 +123,7 @@ def measure_all(directory: Path, seed: int, spin_lr: float) -> list[Figures]:
     for checkpoint in sorted((directory / "spin" / "checkpoints").glob("iteration-*")):
         progress = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["progress"]
         steps = progress["step"]
-        load_directory(model.gpt, checkpoint / "shards", prefix="")
+        load_weights(model.gpt, TorchDistStore(checkpoint / "shards", "", str(checkpoint)), str(checkpoint))
         ended = progress["iteration"] - 1  # the checkpoint stands at the start of the next
         figures.append(judge.measure(f"SPIN, iteration {ended}", model, in_self_play=True))
     # The learning rate that is best for SPIN need not be the best for SFT.
