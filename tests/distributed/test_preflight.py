@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from runs import make_checkpoint, make_data, make_tokenizer
 
+from nemo_spin.checkpoint import nemo_archive
 from nemo_spin.errors import UserError
 
 
@@ -28,18 +29,12 @@ def files(workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def preflight_error(files: str, overrides: dict[str, Any]) -> str:
-    """The sentence with which these overrides of a good configuration are refused; "" if they are not."""
+def configuration(files: str, overrides: dict[str, Any]) -> Any:
+    """A good configuration with these overrides."""
     from omegaconf import OmegaConf, open_dict
 
-    import nemo_spin.checkpoint.weights as weights
     from nemo_spin.config import config_dir
-    from nemo_spin.run import preflight
 
-    def never(*args: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    load_weights, weights.load_weights = weights.load_weights, never
     base = OmegaConf.load(config_dir() / "gpt_spin.yaml")
     good = {
         "pretrained_checkpoint.restore_from_path": f"{files}/sft.nemo",
@@ -51,8 +46,20 @@ def preflight_error(files: str, overrides: dict[str, Any]) -> str:
     for key, value in (good | overrides).items():
         with open_dict(base):
             OmegaConf.update(base, key, value.replace("FILES", files) if isinstance(value, str) else value)
+    return base
+
+
+def preflight_error(files: str, overrides: dict[str, Any]) -> str:
+    """The sentence with which these overrides of a good configuration are refused; "" if they are not."""
+    import nemo_spin.checkpoint.weights as weights
+    from nemo_spin.run import preflight
+
+    def never(*args: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    load_weights, weights.load_weights = weights.load_weights, never
     try:
-        preflight(base)
+        preflight(configuration(files, overrides))
     except UserError as error:
         return str(error)
     finally:
@@ -118,3 +125,21 @@ def test_a_tokenizer_that_does_not_fit_is_refused(workers: Any, files: Path, tmp
     assert "32 rows" in message
     same = {"model.tokenizer.library": "sentencepiece", "model.tokenizer.model": str(make_tokenizer(tmp_path / "same"))}
     assert workers.run(preflight_error, str(files), same) == [""]
+
+
+def layout(files: str, overrides: dict[str, Any]) -> str:
+    from nemo_spin.run import preflight
+
+    return str(preflight(configuration(files, overrides)).cfg.parallel)
+
+
+def test_a_layout_that_is_left_open_is_the_checkpoints(workers: Any, files: Path, tmp_path: Path) -> None:
+    nemo_archive.unpack(files / "sft.nemo", tmp_path)
+    config = tmp_path / "model_config.yaml"
+    config.write_text(config.read_text().replace("tensor_model_parallel_size: 1", "tensor_model_parallel_size: 2"))
+    given = {"pretrained_checkpoint.restore_from_path": str(tmp_path), "trainer.devices": 4}
+    open_sizes = {"model.tensor_model_parallel_size": None, "model.pipeline_model_parallel_size": None}
+    assert workers.run(layout, str(files), given | open_sizes) == ["TP 2 x PP 1 x DP 2"]
+    assert workers.run(layout, str(files), given) == ["TP 1 x PP 1 x DP 4"]
+    (message,) = workers.run(preflight_error, str(files), given | open_sizes | {"trainer.devices": 1})
+    assert "1 processes cannot be laid out as model.tensor_model_parallel_size 2" in message
