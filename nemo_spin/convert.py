@@ -53,7 +53,7 @@ def _tokenizer(source: CheckpointSource, path: str | None) -> NeMoTokenizer:
             tokenizer = build_tokenizer(source.tokenizer, source.places)
         check_tokenizer_fits(tokenizer, source.tensors[EMBEDDING].shape[0], str(source.path))
     except CheckpointError as error:
-        raise CheckpointError(f"{error} Here that is --tokenizer PATH, or --no-tokenizer to leave it out.") from None
+        raise CheckpointError(f"{error} To leave it out: --no-tokenizer.") from None
     return tokenizer
 
 

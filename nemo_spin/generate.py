@@ -38,12 +38,14 @@ _SLOTS_FILLED_PER_CHUNK = 8
 class GenerateConfig:
     """What is asked for.
 
+    tokenizer: `model.tokenizer` of a configuration, empty for the checkpoint's own.
     seed, iteration: as in training, whose rollouts these are then. num_samples: responses to each prompt.
     rollout_batch_size: responses decoded at a time. micro_batch_size: responses per forward pass when they are scored.
     record_options: for `RecordEncoder`. on_bad_record: "error" or "skip". overwrite: begin anew, whatever is there.
     """
 
     checkpoint: str
+    tokenizer: dict[str, str | None]
     prompts: str
     output: str
     tensor_model_parallel_size: int
@@ -86,7 +88,7 @@ def preflight(cfg: GenerateConfig) -> Request:
     """
     check_output(cfg.output, cfg.prompts)
     with open_checkpoint(cfg.checkpoint) as source:
-        tokenizer = restore_tokenizer(source, None)
+        tokenizer = restore_tokenizer(source, cfg.tokenizer)
         architecture = source.architecture(tokenizer.vocab_size)
     checkpoint = str(source.path)
     check_tokenizer_fits(tokenizer, architecture.vocab_rows, checkpoint)
@@ -133,6 +135,7 @@ def generate(cfg: GenerateConfig) -> None:
             "precision": cfg.precision,
             "tensor_model_parallel_size": cfg.tensor_model_parallel_size,
             "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
+            "tokenizer": cfg.tokenizer,
         }
         model = MegatronGPTSPINModel.restore_from(request.checkpoint, override_config_path=OmegaConf.create(options))
         respond(model, cfg, request, is_main)

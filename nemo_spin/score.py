@@ -29,6 +29,7 @@ _CHUNK = 4096
 
 def score(
     checkpoint: str,
+    tokenizer: dict[str, str | None],
     data: str,
     output: str,
     tensor_model_parallel_size: int,
@@ -39,6 +40,7 @@ def score(
 ) -> None:
     """Write {"logp", "num_tokens", "token_logps"} for each line of `data`, in its order, in nats.
 
+    tokenizer: `model.tokenizer` of a configuration, empty for the checkpoint's own.
     A line holds text, a conversation, or {"prompt_ids", "response_ids"}; record_options: how it is read (see
     `RecordEncoder`). Every process of the run calls it. The output appears when it is whole. Raises UserError.
     """
@@ -53,6 +55,7 @@ def score(
             "precision": precision,
             "tensor_model_parallel_size": tensor_model_parallel_size,
             "pipeline_model_parallel_size": pipeline_model_parallel_size,
+            "tokenizer": tokenizer,
         }
         model = MegatronGPTSPINModel.restore_from(str(source.path), override_config_path=OmegaConf.create(options))
         encoder = RecordEncoder(model.tokenizer, **record_options)

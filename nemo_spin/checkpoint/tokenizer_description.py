@@ -15,7 +15,10 @@ from nemo_spin.errors import CheckpointError, ConfigError
 
 _TIKTOKEN_OPTIONS = ("encoding_name", "num_special_tokens", "pattern", "vocab_size")
 _LIBRARY_OF = {".model": "sentencepiece", ".json": "tiktoken"}
-OVERRIDE_HINT = "give one that is at hand, for example model.tokenizer.type=/path/to/huggingface_tokenizer_directory"
+OVERRIDE_HINT = (
+    "give one that is at hand, for example model.tokenizer.type=/path/to/huggingface_tokenizer_directory to training, "
+    "and --tokenizer PATH to other commands"
+)
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,14 @@ def from_path(path: str, option: str = "--tokenizer") -> TokenizerDescription:
         # A vocabulary of tiktoken is a list.
         raise ConfigError(f"{option} {path}: this is a part of a Hugging Face tokenizer; give its directory.")
     return TokenizerDescription(library=_LIBRARY_OF[file.suffix], source=path, origin=option)
+
+
+def override_from_path(path: str | None) -> dict[str, str | None]:
+    """`model.tokenizer` of a configuration for a tokenizer given by its path, see `from_path`; empty for None."""
+    if path is None:
+        return {}
+    described = from_path(path)
+    return {"library": described.library, "type" if described.library == "huggingface" else "model": described.source}
 
 
 def _begins_with(file: Path, character: bytes) -> bool:

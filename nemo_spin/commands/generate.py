@@ -99,6 +99,7 @@ def _config(options: argparse.Namespace) -> Any:
                 raise ConfigError(f"--{name.replace('_', '-')} says how to sample, and --greedy not to: drop one.")
         if options.num_samples > 1:
             raise ConfigError(f"--num-samples {options.num_samples}: --greedy makes one response only; use 1.")
+    from nemo_spin.checkpoint.tokenizer_description import override_from_path
     from nemo_spin.config import LengthParams, parse_sampling
     from nemo_spin.config.values import Section
     from nemo_spin.data.template import unescape
@@ -117,6 +118,7 @@ def _config(options: argparse.Namespace) -> Any:
 
     return GenerateConfig(
         checkpoint=options.checkpoint,
+        tokenizer=override_from_path(options.tokenizer),
         prompts=options.prompts,
         output=options.output,
         tensor_model_parallel_size=options.tp,

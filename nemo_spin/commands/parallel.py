@@ -10,13 +10,18 @@ from nemo_spin.errors import ConfigError
 
 
 def add_model_options(parser: argparse.ArgumentParser, micro_batch_help: str) -> None:
-    """--checkpoint, --tp, --pp, --precision, --micro-batch-size and --accelerator."""
+    """--checkpoint, --tokenizer, --tp, --pp, --precision, --micro-batch-size and --accelerator."""
     add = parser.add_argument
     add(
         "--checkpoint",
         required=True,
         metavar="CKPT",
         help="NeMo, Megatron or Hugging Face checkpoint, or a run's directory",
+    )
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="Hugging Face directory or name, sentencepiece .model, or tiktoken .json (default: the checkpoint's own)",
     )
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default 1)")
     add("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default 1)")

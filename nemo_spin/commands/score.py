@@ -22,10 +22,12 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     def work() -> None:
+        from nemo_spin.checkpoint.tokenizer_description import override_from_path
         from nemo_spin.score import score
 
         score(
             checkpoint=options.checkpoint,
+            tokenizer=override_from_path(options.tokenizer),
             data=options.data,
             output=options.output,
             tensor_model_parallel_size=options.tp,

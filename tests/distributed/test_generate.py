@@ -52,6 +52,7 @@ def generated(checkpoint: str, prompts: str, output: str, **changes: Any) -> lis
     layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "precision": "32"}
     options = {
         "rollout_batch_size": 2,
+        "tokenizer": {},
         "micro_batch_size": 5,
         "num_samples": 2,
         "seed": 5,

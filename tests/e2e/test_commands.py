@@ -98,7 +98,7 @@ def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     rows = [{"input": "4 plus 5", "output": "makes 9"}, {"prompt_ids": [5, 6], "response_ids": [7, 8, 2]}] * 2
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     scored = {}
-    for layout_options in (("--tp", "1"), ("--tp", "2")):
+    for layout_options in (("--tp", "1"), ("--tp", "2", "--tokenizer", str(inputs / "tokenizer.model"))):
         done = run(
             "-m", "nemo_spin.cli", "score", "--checkpoint", str(nemo), "--data", str(data), "--output", str(output),
             "--micro-batch-size", "2", *layout_options, cwd=tmp_path,

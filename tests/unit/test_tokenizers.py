@@ -21,6 +21,7 @@ from nemo_spin.checkpoint.tokenizer_description import (
     from_nemo2,
     from_path,
     override,
+    override_from_path,
 )
 from nemo_spin.errors import CheckpointError, ConfigError, DataError
 from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits
@@ -334,3 +335,13 @@ def test_a_tokenizer_beside_its_checkpoint_is_found(tmp_path: Path) -> None:
     assert local_path(pieces, [checkpoint, beside]) == beside / "abc_tokenizer.model"
     (checkpoint / "abc_tokenizer.model").touch()
     assert local_path(pieces, [checkpoint, beside]) == checkpoint / "abc_tokenizer.model"
+
+
+def test_a_tokenizer_given_by_its_path_is_an_override(tmp_path: Path) -> None:
+    model = tmp_path / "pieces.model"
+    model.touch()
+    for path in (str(tmp_path), str(model), "owner/name"):
+        described, found = from_path(path), override_from_path(path)
+        again = override(*(found.get(key) for key in ("library", "type", "model")))
+        assert (again.library, again.source) == (described.library, described.source)
+    assert override_from_path(None) == {}
