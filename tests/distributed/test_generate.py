@@ -65,7 +65,7 @@ def generated(checkpoint: str, prompts: str, output: str, **changes: Any) -> lis
         "on_bad_record": "error",
         "overwrite": False,
     }
-    cfg = GenerateConfig(checkpoint, prompts, output, **layout, **(options | changes))
+    cfg = GenerateConfig(checkpoint=checkpoint, prompts=prompts, output=output, **layout, **(options | changes))
     request = preflight(cfg)
     model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=OmegaConf.create(layout))
     respond(model, cfg, request, is_main=dist.get_rank() == 0)
