@@ -123,6 +123,11 @@ def target_of(node: Any) -> str:
     return str(node.get("_target_")) if isinstance(node, Mapping) else str(node)
 
 
+def whole_number(value: float | None) -> float | int | None:
+    """As an int where it is one: the type that Megatron's parsers and providers give such a field."""
+    return int(value) if value is not None and float(value).is_integer() else value
+
+
 def _one_of(config: Mapping[str, Any], name: str, known: tuple[str, ...], where: str) -> str:
     if config[name] not in known:
         raise CheckpointError(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.checkpoint.common_state import member_of
-from nemo_spin.checkpoint.config_fields import architecture_from_fields
+from nemo_spin.checkpoint.config_fields import architecture_from_fields, whole_number
 from nemo_spin.checkpoint.supported import UNSUPPORTED, is_transformer_field
 from nemo_spin.checkpoint.weight_store import StoredTensor
 from nemo_spin.errors import CheckpointError
@@ -150,10 +150,10 @@ def to_args(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
         "add_position_embedding": True,
         "use_rotary_position_embeddings": rope,
         "rotary_percent": architecture.rotary_percent,
-        "rotary_base": _whole(architecture.rotary_base),
+        "rotary_base": whole_number(architecture.rotary_base),
         "use_rope_scaling": architecture.rope_scaling,
         "rope_scaling_factor": architecture.rope_scaling_factor,
-        "rotary_seq_len_interpolation_factor": _whole(architecture.seq_len_interpolation_factor),
+        "rotary_seq_len_interpolation_factor": whole_number(architecture.seq_len_interpolation_factor),
         "seq_length": architecture.max_sequence_length,
         "max_position_embeddings": architecture.max_sequence_length,
         "vocab_size": architecture.vocab_size,
@@ -212,8 +212,3 @@ def launch_flags(architecture: Architecture) -> tuple[list[str], list[str]]:
     if transformer["softmax_scale"] is not None:
         flags += ["--softmax-scale", str(transformer["softmax_scale"])]
     return flags, missing
-
-
-def _whole(value: float | None) -> float | int | None:
-    """As an int where it is one: the type that Megatron-LM's parser gives it."""
-    return int(value) if value is not None and float(value).is_integer() else value

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nemo_spin.checkpoint.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
-from nemo_spin.checkpoint.config_fields import architecture_from_fields, target_of
+from nemo_spin.checkpoint.config_fields import architecture_from_fields, target_of, whole_number
 from nemo_spin.checkpoint.weight_store import StoredTensor
 from nemo_spin.errors import CheckpointError
 
@@ -105,10 +105,10 @@ def to_run_config(
         "bias_activation_fusion": False,
         "position_embedding_type": architecture.position_embedding_type,
         "rotary_percent": architecture.rotary_percent,
-        "rotary_base": _whole(architecture.rotary_base),
+        "rotary_base": whole_number(architecture.rotary_base),
         "rope_scaling": architecture.rope_scaling,
         "rope_scaling_factor": architecture.rope_scaling_factor,
-        "seq_len_interpolation_factor": _whole(architecture.seq_len_interpolation_factor),
+        "seq_len_interpolation_factor": whole_number(architecture.seq_len_interpolation_factor),
         "seq_length": architecture.max_sequence_length,
         "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
         "vocab_size": architecture.vocab_size,
@@ -142,8 +142,3 @@ def _divisor(architecture: Architecture) -> int:
     """What Megatron-Bridge pads the vocabulary to a multiple of, so that the stored rows result; 1 where none does."""
     real, rows = architecture.vocab_size, architecture.vocab_rows
     return next((size for size in (128, 64, 32, 16, 8, 4, 2) if -(-real // size) * size == rows), 1)
-
-
-def _whole(value: float | None) -> float | int | None:
-    """As an int where it is one: the type of the provider's field."""
-    return int(value) if value is not None and float(value).is_integer() else value

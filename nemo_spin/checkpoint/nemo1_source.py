@@ -25,7 +25,7 @@ def is_nemo1_directory(path: Path) -> bool:
 def open_directory(path: Path) -> CheckpointSource:
     """An unpacked `.nemo`. Raises CheckpointError."""
     _check_names({str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}, path)
-    return _source(path, path, None)
+    return _source(path, path, None, None)
 
 
 def open_archive(path: Path, scratch: Path) -> CheckpointSource:
@@ -45,20 +45,19 @@ def open_archive(path: Path, scratch: Path) -> CheckpointSource:
     wanted |= {name for name in sizes if name.endswith("/.zarray")}
     nemo_archive.unpack(path, scratch, lambda name: name in wanted or name.split("/")[0] in wanted)
     prefix = f"{nemo_archive.WEIGHTS}/"
-    source = _source(
-        path, scratch, {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
-    )
 
     def extract() -> Path:
         nemo_archive.unpack(path, scratch, lambda name: name.startswith(prefix))
         return scratch / nemo_archive.WEIGHTS
 
-    source._unpack = extract
-    return source
+    weights = {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
+    return _source(path, scratch, weights, extract)
 
 
-def _source(path: Path, files: Path, sizes: Mapping[str, int] | None) -> CheckpointSource:
-    """sizes: bytes of each file of the weights, where they are not unpacked."""
+def _source(
+    path: Path, files: Path, sizes: Mapping[str, int] | None, unpack: Callable[[], Path] | None
+) -> CheckpointSource:
+    """sizes, unpack: bytes of each file of the weights, and what unpacks them, where they are not yet."""
     config = _read_config(files / nemo_archive.CONFIG, path)
     try:
         tokenizer = tokenizer_description.from_nemo1(config, str(path))
@@ -81,6 +80,7 @@ def _source(path: Path, files: Path, sizes: Mapping[str, int] | None) -> Checkpo
         _architecture=lambda vocab_size: nemo1.architecture_from_nemo1(
             config, store.tensors, vocab_size, f"{path}: {nemo_archive.CONFIG}"
         ),
+        _unpack=unpack,
         _store_in=lambda directory: store_type(directory, nemo1.KEY_PREFIX, str(path)),
     )
 

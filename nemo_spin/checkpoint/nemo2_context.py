@@ -49,8 +49,6 @@ def write_context(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "model.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
     (directory / "io.json").write_text(json.dumps(fiddle_graph(context)), encoding="utf-8")
-    if tokenizer_node and (name := tokenizer_node.get("pretrained_model_name")):
-        _name_class_of_transformers_4(directory / name / "tokenizer_config.json")
 
 
 def describe_model(
@@ -75,16 +73,6 @@ def describe_model(
         "model_transform": None,
         "tokenizer": None if tokenizer_node is None else dict(tokenizer_node),
     }
-
-
-def _name_class_of_transformers_4(config: Path) -> None:
-    """The class that transformers 5 saves is unknown to the transformers 4 of NeMo 2; both know this one."""
-    if not config.is_file():
-        return
-    content = json.loads(config.read_text(encoding="utf-8"))
-    if content.get("tokenizer_class") == "TokenizersBackend":
-        content["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _classes(architecture: Architecture) -> tuple[str, str, str]:

@@ -52,6 +52,8 @@ class HuggingFaceTokenizer(NeMoTokenizer):
 
     def save_nemo2(self, directory: Path) -> dict[str, Any]:
         self._write_files(directory / "nemo_tokenizer")
+        # NeMo 2 comes with transformers 4.
+        _rewrite_for_all_versions(directory / "nemo_tokenizer")
         special_tokens = self._description.special_tokens
         if isinstance(special_tokens, list):
             special_tokens = {"additional_special_tokens": special_tokens}
@@ -151,16 +153,18 @@ def _saved_files(tokenizer: Any) -> dict[str, bytes]:
     """Name -> content of what transformers saves, in a form that its versions from 4.48 on read."""
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
-        settings = Path(directory) / "tokenizer_config.json"
-        if settings.is_file():
-            settings.write_text(json.dumps(_for_all_versions(json.loads(settings.read_text())), indent=2) + "\n")
+        _rewrite_for_all_versions(Path(directory))
         return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
 
 
-def _for_all_versions(settings: dict[str, Any]) -> dict[str, Any]:
+def _rewrite_for_all_versions(directory: Path) -> None:
     """transformers 5 writes a class and a list that 4 does not know; it reads their older names as well."""
+    file = directory / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    settings = json.loads(file.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    return settings
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -51,20 +51,20 @@ def configuration(files: str, overrides: dict[str, Any]) -> Any:
 
 def preflight_error(files: str, overrides: dict[str, Any]) -> str:
     """The sentence with which these overrides of a good configuration are refused; "" if they are not."""
-    import nemo_spin.checkpoint.weights as weights
+    import nemo_spin.model as model
     from nemo_spin.run import preflight
 
     def never(*args: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    load_weights, weights.load_weights = weights.load_weights, never
+    load_weights, model.load_weights = model.load_weights, never
     try:
         preflight(configuration(files, overrides))
     except UserError as error:
         return str(error)
     finally:
         # The worker serves other tests after this one.
-        weights.load_weights = load_weights
+        model.load_weights = load_weights
     return ""
 
 

@@ -241,6 +241,8 @@ def test_huggingface_in_other_checkpoints(tmp_path: Path) -> None:
     # transformers 4.48 knows neither TokenizersBackend nor a list of extra_special_tokens.
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["additional_special_tokens"] == ["<new>"] and "extra_special_tokens" not in settings
+    of_nemo2 = json.loads((tmp_path / "context" / "nemo_tokenizer" / "tokenizer_config.json").read_text())
+    assert of_nemo2["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in of_nemo2
     for again in (
         build_tokenizer(from_nemo2(context, "it"), [tmp_path / "context"]),
         build_tokenizer(from_huggingface(tmp_path / "hf")),

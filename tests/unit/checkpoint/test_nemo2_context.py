@@ -219,16 +219,6 @@ def test_genuine_configurations_survive_being_rewritten(tmp_path: Path, name: st
     assert again["config"]["vocab_size"] == model["config"]["vocab_size"]
 
 
-def test_a_tokenizer_of_transformers_5_is_named_as_transformers_4_does(tmp_path: Path) -> None:
-    (tmp_path / "nemo_tokenizer").mkdir()
-    file = tmp_path / "nemo_tokenizer" / "tokenizer_config.json"
-    for written, expected in (("TokenizersBackend", "PreTrainedTokenizerFast"), ("LlamaTokenizer", "LlamaTokenizer")):
-        file.write_text(json.dumps({"tokenizer_class": written, "bos_token": "<s>"}))
-        node = {"_target_": "a.AutoTokenizer", "pretrained_model_name": "nemo_tokenizer"}
-        write_context(tmp_path, architecture(), torch.float32, node)
-        assert json.loads(file.read_text()) == {"tokenizer_class": expected, "bos_token": "<s>"}
-
-
 def test_architectures_are_told_apart_by_what_is_written(tmp_path: Path) -> None:
     """The reading back above would miss a field that is neither written nor read."""
     plain = written(architecture(), tmp_path)
