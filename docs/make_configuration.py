@@ -68,6 +68,7 @@ _SECTION_TYPES: dict[str, tuple[type, ...]] = {
     "model.spin": (schema.AlgorithmConfig,),
     "model.spin.sampling_params": (schema.SamplingParams,),
     "model.spin.length_params": (schema.LengthParams,),
+    "model.spin.guards": (schema.GuardsConfig,),
     "model.optim": (schema.OptimConfig,),
     "model.optim.sched": (schema.SchedConfig,),
     "model.data.train_ds": (schema.DatasetConfig,),

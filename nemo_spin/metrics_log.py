@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemo_spin.guards import GuardWarning
 from nemo_spin.progress import Progress
 from nemo_spin.rollout_store import Sample
 
@@ -40,12 +41,20 @@ class MetricsLog:
     def write(self, kind: str, progress: Progress, metrics: dict[str, float], **position: int) -> None:
         """kind: start, train, rollout, validation, checkpoint, iteration, resume or end. position: further counts."""
         counts = {"step": progress.step, "iteration": progress.iteration, **position}
-        if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": time.time(), "kind": kind, **counts, **metrics}) + "\n")
+        self._append({"kind": kind, **counts, **metrics})
         if metrics:
             for logger in self._loggers:
                 logger.log_metrics({**metrics, **counts}, progress.step)
+
+    def write_warning(self, warning: GuardWarning, progress: Progress) -> None:
+        """A line of the kind `warning`: `guard`, its name, and `text`."""
+        position = {"step": progress.step, "iteration": progress.iteration}
+        self._append({"kind": "warning", **position, "guard": warning.guard, "text": warning.text})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": time.time(), **line}) + "\n")
 
     def finish(self, succeeded: bool) -> None:
         """Tell the loggers that the run is over."""

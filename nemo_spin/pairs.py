@@ -41,6 +41,11 @@ class Pair:
     ref_chosen_logps: float
     ref_rejected_logps: float
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the two sequences that go through the model."""
+        return 2 * len(self.example.prompt_ids) + len(self.example.response_ids) + len(self.rejected_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:

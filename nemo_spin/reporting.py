@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_spin.config import SpinConfig
+from nemo_spin.guards import GuardWarning
 from nemo_spin.metrics_log import MetricsLog
 from nemo_spin.progress import Progress
 from nemo_spin.rollout_store import Sample
@@ -66,6 +67,12 @@ class Reporter:
         """Write metrics to the log; see `MetricsLog.write`."""
         if self._log is not None:
             self._log.write(kind, progress, metrics, **position)
+
+    def warn(self, warning: GuardWarning, progress: Progress) -> None:
+        """Show what a guard has seen, and write it to the log."""
+        self.say(f"warning: {warning.text}")
+        if self._log is not None:
+            self._log.write_warning(warning, progress)
 
     def step(self, progress: Progress, epoch: int, metrics: dict[str, float], total: int, seconds_left: float) -> None:
         """Show an optimizer step, one of `total` in its iteration; `progress` has counted it already.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from array import array
@@ -70,7 +71,8 @@ class RolloutStore:
         self._row_of: dict[int, int] = {}
         self._ids, self._starts, self._ref_logps = array("i"), array("q", [0]), array("d")
         self._cut_off = bytearray()
-        self._empty = self._repeated = self._matching = 0
+        self._empty = self._repeated = self._matching = self._not_finite = 0
+        self._finite_logps, self._finite_tokens = 0.0, 0
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -129,6 +131,11 @@ class RolloutStore:
         self._empty += len(rollout.rejected_ids) == 1 and rollout.finish_reason == "stop"
         self._repeated += is_repeated(rollout.rejected_ids)
         self._matching += tuple(rollout.rejected_ids) == chosen_ids
+        if math.isfinite(rollout.ref_chosen_logps) and math.isfinite(rollout.ref_rejected_logps):
+            self._finite_logps += rollout.ref_rejected_logps
+            self._finite_tokens += len(rollout.rejected_ids)
+        else:
+            self._not_finite += 1
 
     def _remove_files(self) -> None:
         for path in self.files():
@@ -136,7 +143,8 @@ class RolloutStore:
 
     def summary(self) -> dict[str, float]:
         """`rollout/*`: number of responses, mean tokens, and shares of them: ended by a stop token, cut off at the
-        length limit, empty, repeated (see `is_repeated`), equal to the human response."""
+        length limit, empty, repeated (see `is_repeated`), equal to the human response, of pairs whose log-probabilities
+        are not finite; and `entropy`, minus the mean log-probability of a token under the reference, in nats."""
         count = max(len(self), 1)
         cut_off = sum(self._cut_off)
         shares = {
@@ -145,10 +153,12 @@ class RolloutStore:
             "empty": self._empty,
             "repeated": self._repeated,
             "exact_match": self._matching,
+            "not_finite": self._not_finite,
         }
         return {
             "rollout/responses": float(len(self)),
             "rollout/length": len(self._ids) / count,
+            "rollout/entropy": -self._finite_logps / max(self._finite_tokens, 1),
             **{f"rollout/{name}": number / count for name, number in shares.items()},
         }
 

@@ -31,6 +31,7 @@ from nemo_spin.checkpoint.training import Retention, RunState, TrainingCheckpoin
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import epoch_order, epoch_size, index_batches
+from nemo_spin.guards import trainable
 from nemo_spin.losses import check_policy_equals_reference
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.plan import Plan
@@ -38,6 +39,7 @@ from nemo_spin.progress import Progress
 from nemo_spin.reporting import Reporter
 from nemo_spin.rollout_store import RolloutStore
 from nemo_spin.rollouts import Rollout
+from nemo_spin.safeguards import Safeguards
 from nemo_spin.time_limit import TimeLimit
 from nemo_spin.timing import Stopwatch
 from nemo_spin.validation import Validation
@@ -94,6 +96,7 @@ class SPINTrainer:
             cfg.loop, cfg.global_batch_size, epoch_size(train_dataset.shares), rollout_window=cfg.spin.rollout_window
         )
         self.validation = Validation(cfg, model, validation_dataset, run_dir / "rollouts" / "held_out", reporter)
+        self.safeguards = Safeguards(cfg, model, train_dataset, run_dir, reporter)
         self.progress = Progress()
         self.stopwatch = Stopwatch()
         self.time_is_up = False
@@ -192,26 +195,25 @@ class SPINTrainer:
         speed = (self.rollouts.num_tokens - tokens_before) / seconds
         timing = {"time/rollout": seconds, "throughput/rollout_tokens_per_second": speed}
         self.reporter.log("rollout", self.progress, self.rollouts.summary() | timing)
+        self.safeguards.after_rollouts(self.rollouts.summary(), self.progress)
         self.reporter.samples(self.rollouts.samples(self.train_dataset, self.cfg.loop.log_samples), self.progress)
         if self.time_is_up:
             self.save({})
 
     def train_step(self, batch: PairBatch) -> dict[str, float]:
-        """One optimizer step on a global batch of pairs."""
+        """One optimizer step on a global batch of pairs; where loss or gradient are not finite, it changes nothing."""
         beta = self.cfg.spin.ref_policy_kl_penalty[self.progress.iteration]
+        pairs = trainable(batch.pairs)
         with self.stopwatch.measure("train_step"):
-            metrics = self.model.train_step(batch.pairs, beta)
-        if self.progress.iteration_step == 0:
+            metrics = self.model.train_step(pairs, beta)
+        skipped = metrics.pop("skipped") > 0
+        if self.progress.policy_is_reference and not skipped:
             check_policy_equals_reference(metrics, beta, self.cfg.precision)
-        self.progress.advance(len(batch.pairs))
+        self.progress.advance(len(batch.pairs), skipped)
         seconds = self.stopwatch.last["train_step"]
-        tokens = sum(
-            2 * len(pair.example.prompt_ids) + len(pair.example.response_ids) + len(pair.rejected_ids)
-            for pair in batch.pairs
-        )
-        return metrics | {
+        return self.safeguards.after_step(metrics, skipped, pairs, self.progress) | {
             "time/train_step": seconds,
-            "throughput/train_tokens_per_second": tokens / seconds,
+            "throughput/train_tokens_per_second": sum(pair.num_tokens for pair in pairs) / seconds,
             "memory/peak_gib": self.model.peak_memory() / 2**30,
         }
 

@@ -28,7 +28,7 @@ KEYS: dict[str, frozenset[str]] = {
         "trainer": "num_nodes devices accelerator precision spin",
         "trainer.spin": (
             "max_iterations max_epochs max_steps val_check_interval save_interval limit_train_batches "
-            "limit_val_batches gradient_clip_val log_samples"
+            "limit_val_batches gradient_clip_val log_samples max_skipped_steps"
         ),
         "exp_manager": (
             "explicit_log_dir exp_dir name create_tensorboard_logger "
@@ -48,8 +48,10 @@ KEYS: dict[str, frozenset[str]] = {
         ),
         "model.spin": (
             "ref_policy_kl_penalty rollout_batch_size rollout_window log_prob_forward_micro_batch_size "
-            "reset_optimizer_each_iteration held_out_rollouts first_rollouts_from_data sampling_params length_params"
+            "reset_optimizer_each_iteration held_out_rollouts first_rollouts_from_data sampling_params length_params "
+            "guards"
         ),
+        "model.spin.guards": "empty repeated cut_off entropy falling_chosen",
         "model.spin.sampling_params": (
             "use_greedy temperature top_k top_p repetition_penalty end_strings add_BOS all_probs compute_logprob"
         ),

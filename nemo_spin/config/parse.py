@@ -14,6 +14,7 @@ from nemo_spin.config.parse_data import parse_dataset, parse_tokenizer, parse_va
 from nemo_spin.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
+    GuardsConfig,
     LengthParams,
     LoopConfig,
     OptimConfig,
@@ -169,6 +170,7 @@ def _loop(spin: Section, experiment: Section) -> LoopConfig:
         gradient_clip_val=spin.number("gradient_clip_val", 0.0, minimum=0.0),
         max_seconds=_seconds(experiment, "max_time_per_run"),
         log_samples=spin.integer("log_samples", 3, minimum=0),
+        max_skipped_steps=spin.integer("max_skipped_steps", 3, minimum=0),
     )
 
 
@@ -214,6 +216,16 @@ def _algorithm(spin: Section, max_iterations: int, global_batch_size: int) -> Al
         first_rollouts_from_data=spin.flag("first_rollouts_from_data", False),
         sampling_params=parse_sampling(spin.section("sampling_params")),
         length_params=_lengths(spin.section("length_params")),
+        guards=_guards(spin.section("guards")),
+    )
+
+
+def _guards(section: Section) -> GuardsConfig:
+    shares = {"empty": 0.01, "repeated": 0.05, "cut_off": 0.1}
+    return GuardsConfig(
+        **{key: section.number_or_off(key, default, above=0.0, maximum=1.0) for key, default in shares.items()},
+        entropy=section.number_or_off("entropy", 0.05, above=0.0),
+        falling_chosen=section.number_or_off("falling_chosen", 0.5, above=0.0),
     )
 
 

@@ -23,6 +23,7 @@ class LoopConfig:
     gradient_clip_val: largest 2-norm of the gradient, over all parameters; 0 for no clipping.
     max_seconds: after so many the run saves and ends; None for no limit (`exp_manager.max_time_per_run`).
     log_samples: generated responses that are shown beside the human ones in each iteration.
+    max_skipped_steps: steps in a row that may be skipped because loss or gradient are not finite; one more is the end.
     """
 
     max_iterations: int
@@ -35,6 +36,7 @@ class LoopConfig:
     gradient_clip_val: float
     max_seconds: float | None
     log_samples: int
+    max_skipped_steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,22 @@ class LengthParams:
 
 
 @dataclass(frozen=True, slots=True)
+class GuardsConfig:
+    """`model.spin.guards`: from where on a collapse is warned of; None for never.
+
+    empty, repeated, cut_off: share of an iteration's generated responses, in (0, 1], at which they are too many.
+    entropy: nats per generated token, above 0, below which the policy's sampling is too certain.
+    falling_chosen: how much the chosen reward falls, as a share of what the margin gains meanwhile, above 0.
+    """
+
+    empty: float | None
+    repeated: float | None
+    cut_off: float | None
+    entropy: float | None
+    falling_chosen: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class AlgorithmConfig:
     """`model.spin`: the algorithm.
 
@@ -93,6 +111,11 @@ class AlgorithmConfig:
     first_rollouts_from_data: bool
     sampling_params: SamplingParams
     length_params: LengthParams
+    guards: GuardsConfig
+
+    def samples_itself(self, iteration: int) -> bool:
+        """Whether the responses of an iteration are draws from the reference, and not its best guess or given."""
+        return not (self.sampling_params.use_greedy or (self.first_rollouts_from_data and iteration == 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,10 @@ class Section:
             raise self.error(key, "use a finite number " + " and ".join(bounds))
         return float(value)
 
+    def number_or_off(self, key: str, default: float, **bounds: float) -> float | None:
+        """As `number`, but null, where it is given, is None: what the number limits is switched off."""
+        return None if key in self._values and self._values[key] is None else self.number(key, default, **bounds)
+
     def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
         value = self.get(key, default)
         if isinstance(value, str) or not isinstance(value, Sequence) or not all(map(_is_number, value)):

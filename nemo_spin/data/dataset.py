@@ -88,15 +88,18 @@ class SFTDataset:
         prompts, responses = zip(*(store.lengths() for store in self._stores), strict=True)
         return np.concatenate(prompts), np.concatenate(responses)
 
-    def _find(self, index: int) -> tuple[ExampleStore, int]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"example {index} of {self._length}")
+    def place(self, index: int) -> tuple[int, int]:
+        """The number of the example's file, from 0, and its own number among that file's examples, from 0."""
         row = index
-        for store in self._stores:
-            if row < len(store):
-                break
+        for number, store in enumerate(self._stores):
+            if 0 <= row < len(store):
+                return number, row
             row -= len(store)
-        return store, row
+        raise IndexError(f"example {index} of {self._length}")
+
+    def _find(self, index: int) -> tuple[ExampleStore, int]:
+        number, row = self.place(index)
+        return self._stores[number], row
 
 
 def load_dataset(

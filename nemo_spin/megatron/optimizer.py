@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nemo_spin.megatron import finite
 
 if TYPE_CHECKING:
     from nemo_spin.config import OptimConfig
@@ -25,6 +30,22 @@ _SHARDING = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an optimizer step came to, the same on every process.
+
+    grad_norm: 2-norm of the gradient before clipping. lr: learning rate of the step. skipped: nothing was updated,
+    because the loss or the gradient was not finite.
+    """
+
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+    def metrics(self) -> dict[str, float]:
+        return {"grad_norm": self.grad_norm, "lr": self.lr, "skipped": float(self.skipped)}
 
 
 class Optimizer:
@@ -103,12 +124,34 @@ class Optimizer:
         self.model.zero_grad_buffer()
         self._adam.zero_grad()
 
-    def step(self) -> tuple[float, float]:
-        """Reduce, clip, update and advance the schedule. Returns (gradient norm before clipping, learning rate)."""
+    def step(self, loss: float = 0.0) -> StepResult:
+        """Reduce, clip, update and advance the schedule.
+
+        loss: of the global batch. Where it, or the gradient on any process, is NaN or infinite, weights and moments
+        stay what they are on all processes alike; only the schedule advances.
+        """
         lr = self.lr
-        _, grad_norm, _ = self._adam.step()
+        self._adam.prepare_grads()
+        grad_norm = self._adam.get_grad_norm()
+        # The norm alone will not do: it counts parameters that tensor-parallel processes share on one of them only.
+        is_sound = isfinite(loss) and isfinite(grad_norm) and finite.are_finite(self._gradients())
+        skipped = not finite.on_every_process(is_sound, next(self.model.parameters()).device)
+        if not skipped:
+            self._clip(grad_norm)
+            self._adam.step_with_ready_grads()
         self._scheduler.step(1)
-        return float(grad_norm), lr
+        return StepResult(float(grad_norm), lr, skipped)
+
+    def _gradients(self) -> Iterator[torch.Tensor]:
+        """Those that this process's Adam is about to use: of its shards under a distributed optimizer."""
+        for part in self._parts():
+            yield from (p.grad for p in part.get_parameters() if p.grad is not None)
+
+    def _clip(self, grad_norm: float | torch.Tensor) -> None:
+        for part in self._parts():
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
 
     def reload_weights(self) -> None:
         """Take the model's present weights as the ones to update, after they were written to from outside."""

@@ -84,13 +84,14 @@ def spin_step(optimizer: Optimizer, pairs: Sequence[Pair], beta: float, batching
     """One optimizer step on a global batch of pairs. Returns the metrics of the batch, the same on every rank.
 
     `loss`, `kl` and every `rewards/*` and `logps/*` is the mean over pairs; `tokens/chosen` and `tokens/rejected` the
-    mean number of response tokens; `grad_norm` is taken before clipping; `lr` is the learning rate of this step.
+    mean number of response tokens; `grad_norm` is taken before clipping; `lr` is the learning rate of this step;
+    `skipped` is 1 where loss or gradient were not finite, and nothing was updated, else 0.
     """
     totals = _train(
         optimizer, _spin_micro_batches(pairs, batching), _spin_objective(beta, len(pairs)), batching.vocab_size
     )
-    grad_norm, lr = optimizer.step()
-    return {name: value / len(pairs) for name, value in totals.items()} | {"grad_norm": grad_norm, "lr": lr}
+    means = {name: value / len(pairs) for name, value in totals.items()}
+    return means | optimizer.step(means["loss"]).metrics()
 
 
 @torch.no_grad()
@@ -138,7 +139,10 @@ def _spin_objective(beta: float, num_pairs: int) -> forward.Objective:
 
 
 def sft_step(optimizer: Optimizer, examples: Sequence[Example], batching: Batching) -> dict[str, float]:
-    """One optimizer step of supervised fine-tuning: the mean NLL over the response tokens of a global batch."""
+    """One optimizer step of supervised fine-tuning: the mean NLL over the response tokens of a global batch.
+
+    Returns `loss`, and `grad_norm`, `lr` and `skipped` as in `spin_step`.
+    """
     tokens = sum(len(example.response_ids) for example in examples)
 
     def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor):
@@ -147,8 +151,8 @@ def sft_step(optimizer: Optimizer, examples: Sequence[Example], batching: Batchi
         return nll * (_gradient_scale() / tokens), {"loss": nll.detach()}
 
     totals = _train(optimizer, _sft_micro_batches(examples, batching), objective, batching.vocab_size)
-    grad_norm, lr = optimizer.step()
-    return {"loss": totals["loss"] / tokens, "grad_norm": grad_norm, "lr": lr}
+    loss = totals["loss"] / tokens
+    return {"loss": loss} | optimizer.step(loss).metrics()
 
 
 def _train(
