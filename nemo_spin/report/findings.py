@@ -1,5 +1,6 @@
 """What is out of the ordinary in a run, in words. Every threshold stands at the top of this file.
 
+What the guards of a run watch as well is in `guard_findings.py`.
 The thresholds are ours, set where we would look twice; docs/metrics.md says what each finding means.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from statistics import fmean, median
 
+from nemo_spin.report import guard_findings
 from nemo_spin.report.history import History
 from nemo_spin.report.run_directory import Run
 
@@ -29,10 +31,6 @@ LARGE_KL_PER_TOKEN = 0.2  # nats per token of a rejected response
 LARGE_KL = 50.0  # nats per response, where its length is not logged
 VAL_LOSS_RISE = 0.02  # relative, from one iteration to the next
 OVERFITTING_GAP = 0.15  # training accuracy above the accuracy on held-out rollouts
-CUT_OFF = 0.1  # share of responses
-EMPTY = 0.01
-REPEATED = 0.05
-EXACT_MATCH = 0.5
 SPIKE = 10.0  # times the median gradient norm of the iteration
 SPIKES_SHARE = 0.01  # of the steps, and at least SPIKES_COUNT
 SPIKES_COUNT = 3
@@ -104,25 +102,25 @@ def _first_loss(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def _falling_chosen(run: Run) -> Iterator[tuple[str, str, str]]:
     for iteration in _judged(run.history):
-        gained = _change(run.history, "rewards/margins", iteration)
-        reward = _change(run.history, "rewards/chosen", iteration)
-        ends = _ends(run.history, "logps/chosen", iteration)
-        if gained is None or gained <= 0:
-            continue
-        if reward is not None:
-            falls = reward < -FALLING_SHARE * gained
-        else:
-            falls = ends is not None and ends[1] - ends[0] < -FALLING_LOGPS * abs(ends[0])
-        if falls:
-            logps = f", logps/chosen from {ends[0]:.4g} to {ends[1]:.4g} nats" if ends else ""
-            rewards = (
-                f"rewards/chosen changed by {reward:+.3g}" if reward is not None else "rewards/chosen is not logged"
-            )
-            yield (
-                f"Human responses became less likely in iteration {iteration}",
-                f"The margin grew by {gained:.3g} while {rewards}{logps}.",
-                "logps/chosen falls",
-            )
+        seen_by_the_guard = run.history.warnings("falling_chosen", iteration)
+        if text := _fall(run.history, iteration) or next(iter(seen_by_the_guard), None):
+            yield f"Human responses became less likely in iteration {iteration}", text, "logps/chosen falls"
+
+
+def _fall(history: History, iteration: int) -> str | None:
+    """By how much the chosen reward fell from an iteration's beginning to its end, if the margin gained by it."""
+    gained = _change(history, "rewards/margins", iteration)
+    reward = _change(history, "rewards/chosen", iteration)
+    ends = _ends(history, "logps/chosen", iteration)
+    if gained is None or gained <= 0:
+        return None
+    if reward is not None:
+        falls = reward < -FALLING_SHARE * gained
+    else:
+        falls = ends is not None and ends[1] - ends[0] < -FALLING_LOGPS * abs(ends[0])
+    logps = f", logps/chosen from {ends[0]:.4g} to {ends[1]:.4g} nats" if ends else ""
+    rewards = f"rewards/chosen changed by {reward:+.3g}" if reward is not None else "rewards/chosen is not logged"
+    return f"The margin grew by {gained:.3g} while {rewards}{logps}." if falls else None
 
 
 def _early_accuracy(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -234,32 +232,20 @@ def _overfitting(run: Run) -> Iterator[tuple[str, str, str]]:
             )
 
 
-def _rollouts(run: Run) -> Iterator[tuple[str, str, str]]:
-    shares = (
-        ("rollout/finish_reason_length", CUT_OFF, "Responses cut off", "ran into the length limit", "finish reasons"),
-        ("rollout/empty", EMPTY, "Empty responses", "have no token but the stop token", "empty and repeated"),
-        ("rollout/repeated", REPEATED, "Repetitive responses", "repeat themselves", "empty and repeated"),
-        ("rollout/exact_match", EXACT_MATCH, "Little left to learn", "equal the human ones", "exact_match"),
-    )
-    for name, limit, title, what, section in shares:
-        by_iteration = {iteration: run.history.last(name, iteration) for iteration in run.history.iterations()}
-        high = {iteration: share for iteration, share in by_iteration.items() if share is not None and share >= limit}
-        if high:
-            listed = ", ".join(f"{share:.1%} in iteration {iteration}" for iteration, share in high.items())
-            yield (title, f"Of the generated responses {listed} {what}.", section)
-
-
 _CHECKS: tuple[Check, ...] = (
     _not_finite,
+    guard_findings.skipped,
+    guard_findings.left_out,
     _first_loss,
     _unfinished,
     _falling_chosen,
     _standing_still,
+    guard_findings.certain,
     _large_kl,
     _early_accuracy,
     _overfitting,
     _rising_val_loss,
-    _rollouts,
+    guard_findings.rollouts,
     _gradients,
 )
 

@@ -91,7 +91,7 @@ class InterruptingReporter(Reporter):
 
     def step(self, progress: Any, epoch: int, metrics: dict[str, float], *args: Any) -> None:
         self.log("train", progress, metrics, epoch=epoch)
-        self.history.append({"step": progress.step, "epoch": epoch, "loss": metrics["loss"]})
+        self.history.append({"step": progress.step, "epoch": epoch, "loss": metrics.get("loss")})
         if self.after is not None and progress.step == self.after:
             # Where an interval checkpoint is due at this step, it has not been written yet.
             raise InterruptedRunError

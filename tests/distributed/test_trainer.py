@@ -35,7 +35,8 @@ def test_the_run_is_what_it_was_configured_to_be(uninterrupted: dict[str, Any]) 
     assert [h["step"] for h in history] == list(range(1, 13))
     assert [h["epoch"] for h in history] == [0, 0, 0, 1, 1, 1] * 2
     assert [history[i]["loss"] for i in (0, 6)] == pytest.approx([0.693147, 0.693147], abs=1e-4)
-    assert uninterrupted["progress"] == {"iteration": 2, "iteration_step": 0, "step": 12, "consumed_samples": 96}
+    counts = {"iteration": 2, "iteration_step": 0, "step": 12, "consumed_samples": 96}
+    assert uninterrupted["progress"] == counts | {"skipped_steps": 0, "skipped_in_a_row": 0}
 
 
 def test_rollouts_lie_on_disk_for_people(uninterrupted: dict[str, Any]) -> None:
