@@ -1,8 +1,8 @@
 """Where a run's metrics go: metrics.jsonl in its directory, and the loggers that exp_manager attached.
 
 metrics.jsonl has one object per line: `time` (Unix seconds), `kind`, `step` (optimizer steps of the whole run),
-`iteration`, and metrics by their names. After a `resume` line at step s, lines before it with a later step no longer
-count: that part of the run was done again.
+`iteration`, and metrics by their names; a `warning` has `guard` and `text` instead. After a `resume` line at step s,
+lines before it with a later step no longer count: that part of the run was done again.
 """
 
 from __future__ import annotations

@@ -52,11 +52,25 @@ def test_every_key_of_the_shipped_file_is_known_and_explained() -> None:
     known = {f"{section}.{key}".lstrip(".") for section, names in KEYS.items() for key in names}
     present = keys(yaml.safe_load(text))
     assert {key for key in present if "_logger_kwargs." not in key} <= known
-    for section in ("trainer.spin", "model.spin", "model.spin.sampling_params", "model.spin.length_params"):
+    for section in (
+        "trainer.spin",
+        "model.spin",
+        "model.spin.sampling_params",
+        "model.spin.length_params",
+        "model.spin.guards",
+    ):
         lines = {line.split(":")[0].strip(): line for line in text.splitlines() if ":" in line}
         optional = {"add_BOS", "all_probs", "compute_logprob"}  # accepted, but there is nothing to choose
         leaves = [key for key in KEYS[section] - optional if f"{section}.{key}" not in KEYS]
         assert [key for key in leaves if "#" not in lines[key]] == []
+
+
+def test_null_switches_a_guard_off_and_no_section_means_the_shipped_thresholds() -> None:
+    cfg = shipped(model__spin__guards__entropy=None, model__spin__guards__empty=1)
+    guards = parse_config(cfg).spin.guards
+    assert (guards.entropy, guards.empty, guards.repeated) == (None, 1.0, 0.05)
+    del cfg.model.spin["guards"]
+    assert parse_config(cfg).spin.guards == parse_config(shipped()).spin.guards
 
 
 def test_resolvers_and_plain_mappings() -> None:
@@ -126,6 +140,11 @@ def test_resolvers_and_plain_mappings() -> None:
         ({"trainer__spin__limit_train_batches": 0}, "limit_train_batches = 0: use a number of batches of at least 1"),
         ({"trainer__spin__val_check_interval": -1}, "val_check_interval = -1: use a number of steps"),
         ({"trainer__spin__gradient_clip_val": math.inf}, "gradient_clip_val = inf: use a finite number"),
+        ({"trainer__spin__max_skipped_steps": -1}, "max_skipped_steps = -1: use a whole number of at least 0"),
+        ({"model__spin__guards__empty": 0}, "model.spin.guards.empty = 0: use a finite number above 0 and at most 1"),
+        ({"model__spin__guards__cut_off": 10}, "guards.cut_off = 10: use a finite number above 0 and at most 1"),
+        ({"model__spin__guards__entropy": "low"}, "guards.entropy = 'low': use a finite number above 0"),
+        ({"model__spin__guards__blank": 0.1}, "unknown key model.spin.guards.blank"),
         ({"trainer__precision": "16"}, "trainer.precision = '16': use bf16"),
         ({"trainer__accelerator": "tpu"}, "trainer.accelerator = 'tpu': use one of auto, gpu, cpu"),
         ({"trainer__devices": "auto"}, "trainer.devices = 'auto': use a whole number"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nemo_spin.guards import GuardWarning
 from nemo_spin.metrics_log import MetricsLog
 from nemo_spin.progress import Progress
 from nemo_spin.rollout_store import Sample
@@ -44,6 +45,15 @@ def test_lines_are_on_disk_with_their_position(tmp_path: Path) -> None:
     assert math.isnan(train["grad_norm"]) and train["time"] >= start["time"]
     ((name, (metrics, step), _),) = logger.calls
     assert (name, step, metrics["loss"], metrics["iteration"]) == ("log_metrics", 8, 0.5, 1)
+
+
+def test_a_warning_is_a_line_without_metrics(tmp_path: Path) -> None:
+    logger = logger_of("TensorBoardLogger")
+    MetricsLog(tmp_path / "metrics.jsonl", [logger]).write_warning(GuardWarning("empty", "Too many."), Progress(step=3))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line.pop("time") > 0
+    assert line == {"kind": "warning", "step": 3, "iteration": 0, "guard": "empty", "text": "Too many."}
+    assert logger.calls == []
 
 
 def test_half_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:

@@ -29,3 +29,20 @@ def test_progress_survives_its_state_dict() -> None:
     progress.advance(5)
     restored = Progress.from_state_dict(progress.state_dict())
     assert restored == progress == Progress(iteration=1, iteration_step=1, step=2, consumed_samples=13)
+
+
+def test_skipped_steps_are_counted_in_a_row_and_survive_too() -> None:
+    progress = Progress()
+    moved = []
+    for skipped in (True, True, False, True):
+        moved.append(not progress.policy_is_reference)
+        progress.advance(8, skipped)
+    assert moved == [False, False, False, True]
+    progress.next_iteration()
+    assert progress.policy_is_reference
+    progress.advance(8, skipped=True)
+    assert progress.policy_is_reference, "the step of the iteration before is none of this one"
+    restored = Progress.from_state_dict(progress.state_dict())
+    assert (restored.skipped_steps, restored.skipped_in_a_row, restored.consumed_samples) == (4, 2, 40)
+    older = {"iteration": 1, "iteration_step": 2, "step": 8, "consumed_samples": 64}
+    assert Progress.from_state_dict(older) == Progress(1, 2, 8, 64)

@@ -124,6 +124,26 @@ CASES: dict[str, tuple[str, Change, Change]] = {
         lambda ls: [rollouts(ls, "rollout/repeated", 0.06)],
         lambda ls: [rollouts(ls, "rollout/repeated", 0.04)],
     ),
+    "skipped": (
+        "skipped",
+        together(sets(skipped_steps=0.0), lambda ls: [line.update(skipped_steps=2.0) for line in ls[-9:-2]]),
+        sets(skipped_steps=0.0),
+    ),
+    "left out": (
+        "left_out",
+        sets("rollout", **{"rollout.not_finite": 1e-4}),
+        sets("rollout", **{"rollout.not_finite": 0.0}),
+    ),
+    "entropy": (
+        "certain",
+        sets("rollout", **{"rollout.entropy": 0.04}),
+        sets("rollout", **{"rollout.entropy": 0.06}),
+    ),
+    "chosen fell for a while": (
+        "falling_chosen",
+        lambda ls: ls.insert(50, warning(ls[49], "falling_chosen")),
+        lambda ls: ls.insert(50, warning(ls[49], "another")),
+    ),
     "exact": (
         "rollouts",
         lambda ls: [rollouts(ls, "rollout/exact_match", 0.6)],
@@ -132,6 +152,11 @@ CASES: dict[str, tuple[str, Change, Change]] = {
     "spikes": ("gradients", spikes(3), spikes(2)),
     "clipped": ("gradients", sets(grad_norm=1.5), curve("grad_norm", lambda step: 0.9 if step % 10 == 5 else 1.5)),
 }
+
+
+def warning(before: Line, guard: str) -> Line:
+    position = {name: before[name] for name in ("time", "step", "iteration")}
+    return position | {"kind": "warning", "guard": guard, "text": "It fell."}
 
 
 def rollouts(all_lines: list[Line], name: str, value: float) -> None:
@@ -164,6 +189,27 @@ def test_warned(name: str, tmp_path: Path) -> None:
 def test_not_warned(name: str, tmp_path: Path) -> None:
     check, _, almost = CASES[name]
     assert check not in checks(tmp_path, almost)
+
+
+def test_the_thresholds_are_those_of_the_run(tmp_path: Path) -> None:
+    cut_off = together(
+        lambda ls: [rollouts(ls, "rollout/finish_reason_length", 0.2)], sets("rollout", **{"rollout.entropy": 0.04})
+    )
+    for guards, expected in (
+        ("{cut_off: 0.3, entropy: 0.03}", []),
+        ("{cut_off: null, entropy: null}", []),
+        ("{cut_off: 0.15}", ["certain", "rollouts"]),
+        ("{}", ["certain", "rollouts"]),
+    ):
+        directory = make(tmp_path / str(len(guards)), steps=STEPS, change=cut_off)
+        text = (
+            (directory / "config.yaml")
+            .read_text()
+            .replace("  spin:\n    ref", f"  spin:\n    guards: {guards}\n    ref")
+        )
+        assert guards in text
+        (directory / "config.yaml").write_text(text)
+        assert [finding.check for finding in find(read_run(directory))] == expected, guards
 
 
 def test_a_short_or_running_iteration_is_not_judged_by_its_curves(tmp_path: Path) -> None:
