@@ -208,16 +208,19 @@ def test_a_run_goes_on_and_counts_over_a_resume(workers: Any, inputs: tuple[str,
         assert torch.equal(tensor, expected), key
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"dp": 2}], ids=["tp2-pp2", "dp2"])
+# Layer 0 of the last pipeline stage is layer 2 of the model.
+@pytest.mark.parametrize(
+    ("layout", "rank", "layer"), [({"tp": 2, "pp": 2}, 3, 2), ({"dp": 2}, 1, 0)], ids=["tp2-pp2", "dp2"]
+)
 def test_too_many_in_a_row_end_the_run_with_a_report(
-    workers: Any, inputs: tuple[str, str], tmp_path: Path, layout: dict[str, int]
+    workers: Any, inputs: tuple[str, str], tmp_path: Path, layout: dict[str, int], rank: int, layer: int
 ) -> None:
     changes = {
         "trainer.spin.max_skipped_steps": 1,
         "model.tensor_model_parallel_size": layout.get("tp", 1),
         "model.pipeline_model_parallel_size": layout.get("pp", 1),
     }
-    bad = {"bad": (2, 4, 5, 6), "rank": 1}
+    bad = {"bad": (2, 4, 5, 6), "rank": rank}
     results = workers.run(run_with_bad_steps, *inputs, str(tmp_path), **bad, **changes, **layout)
     path = tmp_path / "non_finite_step_0000005.json"
     assert {result["error"] for result in results} == {results[0]["error"]}
@@ -227,7 +230,7 @@ def test_too_many_in_a_row_end_the_run_with_a_report(
     report = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (report["step"], report["skipped_in_a_row"], report["skipped_steps"]) == (5, 2, 3)
     assert (report["grad_norm"], report["beta"], report["weights_not_finite"]) == ("nan", 0.5, [])
-    assert report["gradients_not_finite"] == ["decoder.layers.0.self_attention.linear_qkv.weight"]
+    assert report["gradients_not_finite"] == [f"decoder.layers.{layer}.self_attention.linear_qkv.weight"]
     assert math.isfinite(report["loss"]) and report["lr"] > 0
     assert len(report["pairs"]) == 8
     rollouts = {row["index"]: row for row in pq.read_table(tmp_path / "rollouts" / "iteration-000").to_pylist()}

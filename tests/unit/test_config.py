@@ -52,13 +52,8 @@ def test_every_key_of_the_shipped_file_is_known_and_explained() -> None:
     known = {f"{section}.{key}".lstrip(".") for section, names in KEYS.items() for key in names}
     present = keys(yaml.safe_load(text))
     assert {key for key in present if "_logger_kwargs." not in key} <= known
-    for section in (
-        "trainer.spin",
-        "model.spin",
-        "model.spin.sampling_params",
-        "model.spin.length_params",
-        "model.spin.guards",
-    ):
+    of_spin = ("model.spin", "model.spin.sampling_params", "model.spin.length_params", "model.spin.guards")
+    for section in ("trainer.spin", *of_spin):
         lines = {line.split(":")[0].strip(): line for line in text.splitlines() if ":" in line}
         optional = {"add_BOS", "all_probs", "compute_logprob"}  # accepted, but there is nothing to choose
         leaves = [key for key in KEYS[section] - optional if f"{section}.{key}" not in KEYS]

@@ -202,13 +202,9 @@ def test_the_thresholds_are_those_of_the_run(tmp_path: Path) -> None:
         ("{}", ["certain", "rollouts"]),
     ):
         directory = make(tmp_path / str(len(guards)), steps=STEPS, change=cut_off)
-        text = (
-            (directory / "config.yaml")
-            .read_text()
-            .replace("  spin:\n    ref", f"  spin:\n    guards: {guards}\n    ref")
-        )
-        assert guards in text
-        (directory / "config.yaml").write_text(text)
+        config = directory / "config.yaml"
+        config.write_text(config.read_text().replace("    ref_policy", f"    guards: {guards}\n    ref_policy"))
+        assert guards in config.read_text()
         assert [finding.check for finding in find(read_run(directory))] == expected, guards
 
 
