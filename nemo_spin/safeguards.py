@@ -80,9 +80,11 @@ class Safeguards:
             self.dataset,
             self.model.tokenizer.decode,
         )
+        before = progress.skipped_in_a_row - 1
+        others = f", after {before} others in a row," if before else ""
         raise UserError(
-            f"Step {progress.step}, after {progress.skipped_in_a_row - 1} others in a row, has a loss or a gradient "
-            f"that is NaN or infinite (trainer.spin.max_skipped_steps: {limit}). {advice(diagnosis, pairs)} {where}."
+            f"Step {progress.step}{others} has a loss or a gradient that is NaN or infinite "
+            f"(trainer.spin.max_skipped_steps: {limit}). {advice(diagnosis, pairs)} {where}."
         )
 
     def _look_for_a_trend(self, metrics: Mapping[str, float], progress: Progress) -> None:

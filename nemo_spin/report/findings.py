@@ -101,9 +101,9 @@ def _first_loss(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def _falling_chosen(run: Run) -> Iterator[tuple[str, str, str]]:
+    warned = {record.iteration: record.notes["text"] for record in run.history.warnings("falling_chosen")}
     for iteration in _judged(run.history):
-        seen_by_the_guard = run.history.warnings("falling_chosen", iteration)
-        if text := _fall(run.history, iteration) or next(iter(seen_by_the_guard), None):
+        if text := _fall(run.history, iteration) or warned.get(iteration):
             yield f"Human responses became less likely in iteration {iteration}", text, "logps/chosen falls"
 
 

@@ -21,13 +21,12 @@ Words = Iterator[tuple[str, str, str]]
 
 
 def skipped(run: Run) -> Words:
-    counts = run.history.series("skipped_steps").finite()
-    steps = [step for step, count in counts if count > 0]
+    steps = [record.step for record in run.history.warnings("skipped_step")]
     if steps:
         yield (
             "Skipped steps",
-            f"{counts[-1][1]:,.0f} of {counts[-1][0]:,} steps have changed nothing, because loss or gradient was NaN "
-            f"or infinite; the first was step {steps[0]:,}.",
+            f"{len(steps):,} of {run.last_position.step:,} steps have changed nothing, because loss or gradient was "
+            f"NaN or infinite; the first was step {steps[0]:,}, the last step {steps[-1]:,}.",
             "NaN and infinity",
         )
 

@@ -106,10 +106,10 @@ class History:
             [record.iteration for record in ordered],
         )
 
-    def warnings(self, guard: str, iteration: int) -> list[str]:
-        """What a guard of the run has said in an iteration."""
-        lines = [r.notes for r in self.records if r.kind == "warning" and r.iteration == iteration]
-        return [notes["text"] for notes in lines if notes.get("guard") == guard and "text" in notes]
+    def warnings(self, guard: str) -> list[Record]:
+        """The lines in which a guard of the run has said something; their notes have its `text`."""
+        lines = (record for record in self.records if record.kind == "warning")
+        return [record for record in lines if record.notes.get("guard") == guard and "text" in record.notes]
 
     def last(self, name: str, iteration: int) -> float | None:
         """A metric at the end of an iteration: on its `iteration` line, else the last value before that."""

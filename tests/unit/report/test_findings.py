@@ -126,8 +126,8 @@ CASES: dict[str, tuple[str, Change, Change]] = {
     ),
     "skipped": (
         "skipped",
-        together(sets(skipped_steps=0.0), lambda ls: [line.update(skipped_steps=2.0) for line in ls[-9:-2]]),
-        sets(skipped_steps=0.0),
+        lambda ls: ls.insert(30, warning(ls[29], "skipped_step")),
+        lambda ls: ls.insert(30, warning(ls[29], "empty")),
     ),
     "left out": (
         "left_out",
