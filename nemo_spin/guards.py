@@ -56,7 +56,7 @@ def rollout_warnings(
                 f"(model.spin.guards.{guard}: {limit:.4g}): {advice}."
             )
             found.append(GuardWarning(guard, text))
-    entropy = summary["rollout/entropy"]
+    entropy = summary.get("rollout/entropy", math.inf)
     if guards.entropy is not None and are_samples and number >= _FEWEST and entropy < guards.entropy:
         text = (
             f"The generated responses of iteration {iteration} have an entropy of {entropy:.2g} nats per token "

@@ -155,10 +155,11 @@ class RolloutStore:
             "exact_match": self._matching,
             "not_finite": self._not_finite,
         }
+        entropy = {"rollout/entropy": -self._finite_logps / self._finite_tokens} if self._finite_tokens else {}
         return {
             "rollout/responses": float(len(self)),
             "rollout/length": len(self._ids) / count,
-            "rollout/entropy": -self._finite_logps / max(self._finite_tokens, 1),
+            **entropy,
             **{f"rollout/{name}": number / count for name, number in shares.items()},
         }
 

@@ -282,3 +282,4 @@ def test_a_batch_without_any_is_a_skipped_step(workers: Any, inputs: tuple[str, 
     assert "The reference gives no finite log-probabilities" in result["error"]
     report = json.loads((tmp_path / "non_finite_step_0000001.json").read_text())
     assert [pair["not_finite"] for pair in report["pairs"]] == [["ref_logps_chosen"]] * 8
+    assert "rollout/entropy" not in lines_of(tmp_path, "rollout")[0]

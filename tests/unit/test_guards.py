@@ -49,6 +49,7 @@ def test_entropy_is_one_only_of_samples() -> None:
     assert warned(are_samples=False, entropy=0.0) == []
     assert warned(OFF, entropy=0.0) == []
     assert warned(responses=0, entropy=0.0) == []
+    assert rollout_warnings({k: v for k, v in SOUND.items() if k != "rollout/entropy"}, 0, GUARDS, True) == []
 
 
 def test_a_warning_says_what_how_much_from_where_on_and_what_to_try() -> None:
