@@ -244,20 +244,23 @@ def test_too_many_in_a_row_end_the_run_with_a_report(
         assert (pair["finish_reason"], pair["not_finite"]) == (row["finish_reason"], [])
 
 
-def run_with_bad_scores(*args: Any, indices: tuple[int, ...], **kwargs: Any) -> dict[str, Any]:
-    """The reference's log-probabilities of some pairs are not finite."""
+def run_with_bad_scores(
+    *args: Any, indices: range | tuple[int, ...], shift: float = math.nan, bad: tuple[int, ...] = (), **kwargs: Any
+) -> dict[str, Any]:
+    """The reference's log-probabilities of some pairs are off by `shift`."""
     from nemo_spin.model import MegatronGPTSPINModel
 
     right = MegatronGPTSPINModel.roll_out
 
     def roll_out(*args: Any) -> list:
-        return [dataclasses.replace(r, ref_chosen_logps=math.nan) if r.index in indices else r for r in right(*args)]
+        return [
+            dataclasses.replace(r, ref_chosen_logps=r.ref_chosen_logps + shift) if r.index in indices else r
+            for r in right(*args)
+        ]
 
     MegatronGPTSPINModel.roll_out = roll_out
     try:
-        return training_run(*args, **kwargs)
-    except UserError as error:
-        return {"error": str(error)}
+        return run_with_bad_steps(*args, bad=bad, **kwargs)
     finally:
         MegatronGPTSPINModel.roll_out = right
 
@@ -278,8 +281,15 @@ def test_pairs_without_a_finite_reference_are_left_out(workers: Any, inputs: tup
 
 def test_a_batch_without_any_is_a_skipped_step(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
     stop = {"trainer.spin.max_skipped_steps": 0}
-    (result,) = workers.run(run_with_bad_scores, *inputs, str(tmp_path), indices=tuple(range(24)), **stop)
+    (result,) = workers.run(run_with_bad_scores, *inputs, str(tmp_path), indices=range(24), **stop)
     assert "The reference gives no finite log-probabilities" in result["error"]
     report = json.loads((tmp_path / "non_finite_step_0000001.json").read_text())
     assert [pair["not_finite"] for pair in report["pairs"]] == [["ref_logps_chosen"]] * 8
     assert "rollout/entropy" not in lines_of(tmp_path, "rollout")[0]
+
+
+def test_the_first_step_that_is_made_has_to_be_ln_2(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
+    wrong = {"indices": range(24), "shift": 0.3, "bad": (1, 2)}
+    (result,) = workers.run(run_with_bad_scores, *inputs, str(tmp_path), **wrong)
+    assert "has to be ln 2" in result["error"]
+    assert [line["skipped_steps"] for line in lines_of(tmp_path, "train")] == [1, 2]
