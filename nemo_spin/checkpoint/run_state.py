@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_spin.checkpoint.files import write_json
+from nemo_spin.checkpoint.manifest import fault_of, read_manifest
 from nemo_spin.errors import CheckpointError
 from nemo_spin.progress import Progress
 
@@ -66,7 +67,10 @@ def write_state(directory: Path, state: RunState, **more: bool | int) -> None:
 
 
 def read_state(path: Path) -> Stored:
-    """Raises CheckpointError, which says what is wrong with the file."""
+    """The state as it was written: it is compared with the manifest, because it decides which checkpoint is newest.
+
+    Raises CheckpointError, which says what is wrong with the file.
+    """
     try:
         stored = json.loads((path / FILE).read_text(encoding="utf-8"))
         if stored.get("format") == 1:
@@ -83,6 +87,9 @@ def read_state(path: Path) -> Stored:
         raise CheckpointError(f"{FILE} is damaged") from None
     if any(type(values[name]) is not kind for name, kind in _TYPES.items()):
         raise CheckpointError(f"{FILE} is damaged")
+    digests = read_manifest(path)
+    if fault := fault_of(path, FILE, digests[FILE]) if FILE in digests else f"{FILE} is not in the manifest":
+        raise CheckpointError(fault)
     return Stored(path, progress, **values)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import inspect
 import io
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.storage import WriteResult
 
+from nemo_spin.checkpoint.agreement import gathered, of_first
 from nemo_spin.checkpoint.common_state import FILE as COMMON_FILE
 from nemo_spin.errors import UserError
 
+T = TypeVar("T")
 # Until megatron-core 0.18 plain values are a file of their own, since then an object inside the shards.
 _COMMON_IS_A_FILE = hasattr(serialization, "get_default_save_common_strategy")
 
@@ -72,7 +74,7 @@ class ShardWriter:
             self._writer.write_preloaded_data(transforms, 0, bucket, written, pending, use_fsync=True)
             _, outcome = written.get()
             if isinstance(outcome, Exception):
-                raise outcome
+                raise _said_by_the_disk(outcome) or outcome
             files.append(Path(bucket[0]))
             results += outcome
         return files, results
@@ -125,24 +127,25 @@ def save_sharded(state: dict[str, Any], directory: Path) -> None:
     """
     writer = plan_shards(state, directory)
     writer.hold(copy=False)
-    outcome: Any
-    try:
-        outcome = writer.write()[1]
-    except OSError as error:
-        outcome = error
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    outcomes = gathered(_unless_refused(lambda: writer.write()[1]))
     error = next((outcome for outcome in outcomes if isinstance(outcome, OSError)), None)
-    if error is None:
-        finished: list[OSError | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                writer.finish(outcomes)
-            except OSError as found:
-                finished = [found]
-        dist.broadcast_object_list(finished, src=0)
-        error = finished[0]
+    error = error or of_first(lambda: _unless_refused(lambda: writer.finish(outcomes)))
     if error is not None:
         raise UserError(
             f"{directory} cannot be written ({error.strerror or error}): make room, and run the same command again."
         ) from error
+
+
+def _unless_refused(work: Callable[[], T]) -> T | OSError:
+    """What it returns, or the error of the disk."""
+    try:
+        return work()
+    except OSError as error:
+        return error
+
+
+def _said_by_the_disk(error: BaseException | None) -> OSError | None:
+    """torch's writer loses count when a write fails, and complains of that; the error of the disk is behind it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

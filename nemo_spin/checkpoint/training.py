@@ -34,7 +34,7 @@ from nemo_spin.checkpoint import publishing
 from nemo_spin.checkpoint.agreement import Channel, everywhere, of_first, total
 from nemo_spin.checkpoint.background import Outcome, Part, Saving
 from nemo_spin.checkpoint.files import GIB, missing_bytes
-from nemo_spin.checkpoint.manifest import faults_of
+from nemo_spin.checkpoint.manifest import faults_of, read_manifest
 from nemo_spin.checkpoint.own_pickles import check_pickles
 from nemo_spin.checkpoint.retention import Retention
 from nemo_spin.checkpoint.retries import Retries
@@ -166,7 +166,7 @@ class TrainingCheckpoints:
             self._say(f"warning: {note}")
         if outcome.path is not None:
             if self._retries.is_failing:
-                self._say(f"There is room again: saved {outcome.path}")
+                self._say(f"{outcome.path} is written: the disk takes checkpoints again.")
             self._newest = outcome.path
             self._retries.succeeded()
             return
@@ -224,7 +224,12 @@ class TrainingCheckpoints:
         Raises CheckpointError if none is whole, or if it belongs to another run.
         """
         stored = self._newest_whole(path)
-        under_way = stored.progress.iteration_step > 0 or any((stored.path / "rollouts").glob("*.parquet"))
+        listed = read_manifest(stored.path)
+        files = {
+            kind: [stored.path / name for name in sorted(listed) if name.startswith(f"{kind}/")]
+            for kind in ROLLOUT_KINDS
+        }
+        under_way = stored.progress.iteration_step > 0 or bool(files["rollouts"])
         for name, value in stored.identity.items():
             if identity.get(name) != value and under_way:
                 raise CheckpointError(
@@ -235,7 +240,6 @@ class TrainingCheckpoints:
         loaded = dist_checkpointing.load(shards, str(stored.path / "shards"))
         model.load_training_state(loaded, mid_iteration=stored.progress.iteration_step > 0)
         self._newest = stored.path
-        files = {kind: sorted((stored.path / kind).glob("*.parquet")) for kind in ROLLOUT_KINDS}
         return stored.path, RunState(stored.progress, stored.identity, stored.metrics, files)
 
     def _newest_whole(self, path: Path) -> Stored:
