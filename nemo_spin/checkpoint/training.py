@@ -223,7 +223,7 @@ class TrainingCheckpoints:
         Returns the one that was used, and the state beside tensors.
         Raises CheckpointError if none is whole, or if it belongs to another run.
         """
-        stored = self._newest_whole(path)
+        stored = self.newest_whole(path)
         listed = read_manifest(stored.path)
         files = {
             kind: [stored.path / name for name in sorted(listed) if name.startswith(f"{kind}/")]
@@ -242,8 +242,11 @@ class TrainingCheckpoints:
         self._newest = stored.path
         return stored.path, RunState(stored.progress, stored.identity, stored.metrics, files)
 
-    def _newest_whole(self, path: Path) -> Stored:
-        """`path`, or the newest whole one before it."""
+    def newest_whole(self, path: Path) -> Stored:
+        """`path`, or the newest whole one before it; says what is wrong with those that are passed over.
+
+        Raises CheckpointError if none is whole.
+        """
         found, unreadable = of_first(lambda: stored_in(self.directory))
         name = of_first(lambda: pointed_at(self.directory))
         if name and not any(other.name == name for other in (*unreadable, *(s.path for s in found))):

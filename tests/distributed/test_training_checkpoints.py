@@ -35,8 +35,8 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def resume_from_damaged(directory: str) -> list[tuple[str, str, float, list[str]]]:
-    """Damages every file of the newest of two checkpoints in every way; what each run resumes with, and says."""
+def resume_from_damaged(directory: str) -> list[tuple[str, str, int, list[str]]]:
+    """Damages every file of the newest of two checkpoints in every way; the step to resume from, and what is said."""
     from small_state import Run
 
     run = Run(directory)
@@ -54,7 +54,9 @@ def resume_from_damaged(directory: str) -> list[tuple[str, str, float, list[str]
                 damage(Path(copy, "checkpoints", newest.name, file))
             dist.barrier()
             damaged = Run(copy)
-            found.append((file, damage.__name__, damaged.resumed_value(), damaged.said))
+            whole = damaged.checkpoints.newest_whole(damaged.checkpoints.latest())
+            found.append((file, damage.__name__, whole.progress.step, damaged.said))
+    assert damaged.resumed_value() == 1
     return found
 
 
@@ -64,8 +66,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(workers: An
     files = {file for file, *_ in outcomes[0]}
     expected = {"manifest.json", "state.json", "rollouts/part-00000.parquet", "shards/.metadata"}
     assert expected | {"shards/__0_0.distcp", "shards/__1_0.distcp", "shards/metadata.json"} <= files
-    for file, damage, value, said in outcomes[0]:
-        assert value == 1, (file, damage)
+    for file, damage, step, said in outcomes[0]:
+        assert step == 1, (file, damage)
         (sentence,) = said
         assert sentence.endswith("this checkpoint is damaged, and passed over.") and "\n" not in sentence
         assert NAME.format(2) in sentence
