@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_spin.checkpoint.agreement import gathered, of_first
@@ -45,15 +47,21 @@ class ShardWriter:
         self._metadata = metadata
         self._directory = Path(writer.checkpoint_dir)
         self._common: bytes | None = None
+        self._given: set[int] = set()
         self.num_bytes = sum(
             sum(len(data.getbuffer()) for _, data in objects) + sum(tensor.nbytes for _, tensor in tensors)
             for _, _, (objects, tensors) in writer.write_buckets
         )
 
     def hold(self, copy: bool) -> None:
-        """Bring the tensors to host memory. copy: those that are there already as well, because they go on changing."""
+        """Bring the tensors to host memory. copy: those of the given state that are there already as well, because they
+        go on changing."""
+
+        def held(tensor: Tensor) -> Tensor:
+            return tensor.to("cpu", non_blocking=True, copy=copy and _memory(tensor) in self._given)
+
         self._writer.write_buckets = [
-            (file, key, (objects, [(item, t.to("cpu", non_blocking=True, copy=copy)) for item, t in tensors]))
+            (file, key, (objects, [(item, held(tensor)) for item, tensor in tensors]))
             for file, key, (objects, tensors) in self._writer.write_buckets
         ]
         if torch.cuda.is_available():
@@ -102,11 +110,21 @@ def plan_shards(state: dict[str, Any], directory: Path) -> ShardWriter:
     knows_others = "async_strategy" in inspect.signature(strategy.async_save).parameters
     with _without_manager_process():
         planned = strategy.async_save(sharded, str(directory), **({"async_strategy": "mcore"} if knows_others else {}))
+    # What megatron-core has copied for writing lies elsewhere, and needs no second copy.
+    planned._given = {
+        _memory(shard.data)
+        for shard in nested_values(sharded)
+        if isinstance(shard, ShardedTensor) and shard.data is not None
+    }
     if _COMMON_IS_A_FILE and dist.get_rank() == 0:
         buffer = io.BytesIO()
         torch.save(common, buffer)
         planned._common = buffer.getvalue()
     return planned
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @contextmanager
