@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from nemo_spin.checkpoint import manifest
@@ -23,20 +24,23 @@ from nemo_spin.faults import reached
 _UNFINISHED = ".unfinished-"
 
 
-def name_of(state: RunState) -> str:
-    """For people: what counts is in state.json."""
-    return f"iteration-{state.progress.iteration:03d}-step-{state.progress.step:07d}"
-
-
 def unfinished_directory(directory: Path, state: RunState) -> Path:
-    return directory / f"{_UNFINISHED}{name_of(state)}"
+    """Where it is written. The name is for people: what counts is in state.json."""
+    progress = state.progress
+    return directory / f"{_UNFINISHED}iteration-{progress.iteration:03d}-step-{progress.step:07d}"
+
+
+def finished_directory(unfinished: Path) -> Path:
+    """What it is going to be, where nothing has that name yet."""
+    return unfinished.with_name(unfinished.name.removeprefix(_UNFINISHED))
 
 
 def remove_leftovers(directory: Path) -> None:
     """What killed runs were writing."""
     for path in directory.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
-    (directory / "latest.tmp").unlink(missing_ok=True)
+    with suppress(OSError):
+        (directory / "latest.tmp").unlink()
 
 
 def prepare(unfinished: Path, state: RunState) -> None:
@@ -76,7 +80,7 @@ def publish(
     write_state(unfinished, state, with_reference=with_reference, keep=keep, serial=serial)
     _seal(unfinished, {name: digest for part in parts for name, digest in part.digests.items()})
     reached("checkpoint/manifest-written")
-    target = _free_name(directory / name_of(state))
+    target = _free_name(finished_directory(unfinished))
     os.rename(unfinished, target)
     notes = []
     try:

@@ -83,9 +83,11 @@ def read_state(path: Path) -> Stored:
         raise CheckpointError(f"{FILE} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{FILE} cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        is_sound = all(type(values[name]) is kind for name, kind in _TYPES.items())
+        is_sound = is_sound and all(isinstance(value, int | float) for value in values["metrics"].values())
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{FILE} is damaged") from None
-    if any(type(values[name]) is not kind for name, kind in _TYPES.items()):
+    if not is_sound:
         raise CheckpointError(f"{FILE} is damaged")
     digests = read_manifest(path)
     if fault := fault_of(path, FILE, digests[FILE]) if FILE in digests else f"{FILE} is not in the manifest":

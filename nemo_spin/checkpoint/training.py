@@ -171,13 +171,14 @@ class TrainingCheckpoints:
             self._retries.succeeded()
             return
         kept = f"{self._newest} is kept" if self._newest else "there is no checkpoint of this run yet"
+        target = publishing.finished_directory(unfinished)
         if last:
             raise UserError(
-                f"{unfinished} cannot be written ({outcome.error}); {kept}: make room, and run the same command again."
+                f"{target} cannot be written ({outcome.error}); {kept}: make room, and run the same command again."
             )
         steps = self._retries.failed(step)
         self._say(
-            f"warning: {unfinished} could not be written ({outcome.error}); {kept}. The run goes on, and tries again "
+            f"warning: {target} could not be written ({outcome.error}); {kept}. The run goes on, and tries again "
             f"after {steps} step{'s' if steps > 1 else ''}: make room."
         )
 

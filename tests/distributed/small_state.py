@@ -59,6 +59,7 @@ class Run:
         options = CheckpointConfig("val_loss", "min", 0, asynchronous, False, False, False, False)
         self.checkpoints = TrainingCheckpoints(self.directory, options, self.said.append)
         self.columns = columns
+        self.progress = Progress()
         self.model = SmallModel(columns=columns)
         self.rollouts = Path(directory) / "part-00000.parquet"
         if dist.get_rank() == 0:
@@ -68,7 +69,8 @@ class Run:
     def save(self, step: int, keep: bool = False, last: bool = False, wait: bool = True) -> None:
         """Save the model, whose value is the step from then on."""
         self.model = SmallModel(float(step), self.columns)
-        state = RunState(Progress(0, step, step, step), IDENTITY, {"loss": 0.5}, {"rollouts": [self.rollouts]})
+        self.progress = Progress(0, step, step, step)
+        state = RunState(self.progress, IDENTITY, {"loss": 0.5}, {"rollouts": [self.rollouts]})
         self.checkpoints.save(self.model, state, keep, last)
         if wait:
             self.checkpoints.settle(step, wait=True)

@@ -342,6 +342,7 @@ def save_slowly(directory: str) -> dict[str, Any]:
             run.save(1, keep=True, wait=False)
             for _ in range(3):
                 run.model.advance()
+                run.progress.advance(1)
             seen["while it is written"] = run.checkpoints.settle(2), run.names()
             # The second one has to wait for the first; nothing else can let it go.
             threading.Timer(0.5, let_go.set).start()
