@@ -35,6 +35,7 @@ check-nemo: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/checkpoints.py
 
 # torch first: what comes after must not choose another build of it
 $(INSTALLED): pyproject.toml

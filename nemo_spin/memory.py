@@ -29,7 +29,8 @@ class MemoryEstimate:
     parameters: of the whole model. parameters_per_device: of the fullest pipeline stage's tensor-parallel rank.
     weights, gradients, optimizer: exact. kv_cache: at its largest, while all slots hold the longest sequences.
     activations: about, of a training step whose sequences are as long as the longest example, not in `needed`.
-    host: the rollouts of an iteration at their longest, and the reference where one is kept.
+    host: the rollouts of an iteration at their longest, what is held of a checkpoint while it is written, and the
+        reference where one is kept.
     """
 
     parameters: int
@@ -73,6 +74,9 @@ def estimate(
     kv_per_token = 2 * layers * transformer["num_query_groups"] // tp * transformer["kv_channels"] * bytes_per_value
 
     rollout_bytes = 4 * examples * new_tokens
+    # The first replica writes weights and optimizer; the distributed one is gathered, with fp32 parameters, for that.
+    checkpoint = (bytes_per_value + (12 if cfg.optim.distributed else moments_and_main)) * per_device
+    reference = bytes_per_value * per_device if cfg.spin.rollout_window is not None else 0
     return MemoryEstimate(
         parameters=parameter_count(architecture),
         parameters_per_device=per_device,
@@ -81,7 +85,7 @@ def estimate(
         optimizer=moments_and_main * per_device // shards,
         kv_cache=slots * capacity * kv_per_token,
         activations=_activations(architecture, cfg, min(longest, context_length), bytes_per_value),
-        host=rollout_bytes + (bytes_per_value * per_device if cfg.spin.rollout_window is not None else 0),
+        host=rollout_bytes + checkpoint + reference,
     )
 
 

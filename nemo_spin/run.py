@@ -148,8 +148,7 @@ def train(cfg: DictConfig) -> list[Path]:
             spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, time_limit
         )
         if inputs.resume_from is not None:
-            trainer.resume(inputs.resume_from)
-            reporter.say(f"Resumed from {inputs.resume_from}")
+            reporter.say(f"Resumed from {trainer.resume(inputs.resume_from)}")
         saved: list[Path] = []
         if trainer.fit():
             saved = _save_results(cfg, inputs, model, trainer, reporter)

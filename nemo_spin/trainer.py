@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nemo_spin.checkpoint.training import Retention, RunState, TrainingCheckpoints
+from nemo_spin.checkpoint.run_state import RunState
+from nemo_spin.checkpoint.training import TrainingCheckpoints
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import epoch_order, epoch_size, index_batches
@@ -88,10 +89,7 @@ class SPINTrainer:
         self.run_dir = run_dir
         self.reporter = reporter
         self.time_limit = time_limit or TimeLimit(cfg.loop.max_seconds)
-        keep = cfg.checkpoint
-        self.checkpoints = TrainingCheckpoints(
-            run_dir / "checkpoints", Retention(keep.monitor, keep.mode, keep.save_top_k)
-        )
+        self.checkpoints = TrainingCheckpoints(run_dir / "checkpoints", cfg.checkpoint, reporter.say)
         self.plan = Plan(
             cfg.loop, cfg.global_batch_size, epoch_size(train_dataset.shares), rollout_window=cfg.spin.rollout_window
         )
@@ -106,7 +104,7 @@ class SPINTrainer:
 
     def fit(self) -> bool:
         """Run every iteration that is left. Returns whether there is none left; else the time was up."""
-        with self.reporter.run(self.cfg, self.progress):
+        with self.reporter.run(self.cfg, self.progress), self.checkpoints.writing():
             if self.progress.step == 0 and not len(self.rollouts):
                 self.reporter.iteration(self.progress, "SFT model", self.validate())
             while self.plan.left_in_run(self.progress) > 0 and not self.time_is_up:
@@ -129,7 +127,9 @@ class SPINTrainer:
                 metrics |= self.validate()
             self.reporter.step(self.progress, batch.epoch, metrics, self.plan.steps_per_iteration, self._seconds_left())
             self.time_is_up = self.time_limit.is_up()
-            if not at_end and (self.time_is_up or self.plan.is_due(self.cfg.loop.save_interval, self.progress)):
+            again = self.checkpoints.settle(self.progress.step)
+            due = again or self.plan.is_due(self.cfg.loop.save_interval, self.progress)
+            if not at_end and (self.time_is_up or due):
                 self.save(metrics)
             if self.time_is_up:
                 break
@@ -247,7 +247,7 @@ class SPINTrainer:
     # ------------------------------------------------------------------------------------------ saving and resuming
 
     def save(self, metrics: dict[str, float]) -> None:
-        """Write a checkpoint from which the run goes on exactly as if it had not stopped."""
+        """Write a checkpoint from which the run goes on exactly as if it had not stopped; the last one is awaited."""
         files = {"rollouts": self.rollouts, "held_out": self.validation.rollouts}
         with self.stopwatch.measure("checkpoint"):
             self.checkpoints.save(
@@ -259,16 +259,18 @@ class SPINTrainer:
                     {kind: store.files() if len(store) else [] for kind, store in files.items()},
                 ),
                 keep=self.progress.iteration_step == 0,
+                last=self.time_is_up or self.plan.left_in_run(self.progress) == 0,
             )
         self.reporter.log("checkpoint", self.progress, {"time/checkpoint": self.stopwatch.last["checkpoint"]})
 
-    def resume(self, checkpoint: Path) -> None:
-        """Take up the run where the checkpoint left it."""
-        state = self.checkpoints.load(checkpoint, self.model, self._identity)
+    def resume(self, checkpoint: Path) -> Path:
+        """Take up the run where the checkpoint left it, or the newest whole one before it. Returns the one used."""
+        used, state = self.checkpoints.restore(checkpoint, self.model, self._identity)
         self.progress = state.progress
         self._begin_rollouts()
         self.rollouts.restore(state.rollout_files["rollouts"])
         self.validation.rollouts.restore(state.rollout_files["held_out"])
+        return used
 
     def _start_schedule(self) -> None:
         done = self.progress.iteration_step

@@ -1,36 +1,51 @@
 """Checkpoints of a run: everything from which it goes on exactly as if it had not stopped.
 
     checkpoints/
-      latest                          the name of the newest whole checkpoint
+      latest                          the name of the newest checkpoint, for people and scripts
       iteration-001-step-0000040/     a name for people; the state is inside
+        manifest.json                 every file with its size and SHA-256
         state.json                    progress, metrics, what the run must have in common with its continuation
         shards/                       weights, optimizer, and the reference where it is still needed (torch_dist)
         rollouts/, held_out/          the rollouts of an iteration that is not finished
 
-A checkpoint is written under another name, synced, and renamed: it becomes visible when it is whole. Random state is
-not in it because there is none: responses and data order are functions of the seed and the position.
+A checkpoint is written under another name, in the background, from a copy in host memory; it becomes visible when it is
+whole. It is read again, and compared with its manifest, before a run goes on from it. Random state is not in it because
+there is none: responses and data order are functions of the seed and the position.
 
-What stays: the newest, the end of every iteration, and the best by a metric.
+What stays: the newest, the end of every iteration, and the best by a metric. A disk that takes no checkpoint does not
+end the run.
 """
 
 from __future__ import annotations
 
-import json
+import copy
+import errno
 import os
 import shutil
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from nemo_spin.checkpoint.sharded import save_sharded
-from nemo_spin.errors import CheckpointError
-from nemo_spin.progress import Progress
+from nemo_spin.checkpoint import publishing
+from nemo_spin.checkpoint.agreement import Channel, everywhere, of_first, total
+from nemo_spin.checkpoint.background import Outcome, Part, Saving
+from nemo_spin.checkpoint.files import GIB, missing_bytes
+from nemo_spin.checkpoint.manifest import faults_of, read_manifest
+from nemo_spin.checkpoint.own_pickles import check_pickles
+from nemo_spin.checkpoint.retention import Retention
+from nemo_spin.checkpoint.retries import Retries
+from nemo_spin.checkpoint.run_state import ROLLOUT_KINDS, RunState, Stored, pointed_at, stored_in
+from nemo_spin.checkpoint.sharded import plan_shards
+from nemo_spin.config import CheckpointConfig
+from nemo_spin.errors import CheckpointError, UserError
+from nemo_spin.faults import reached
 
-_FORMAT = 1
-ROLLOUT_KINDS = ("rollouts", "held_out")
+# After an error: how long the processes that are left wait for a checkpoint on its way.
+_SECONDS_AFTER_ERROR = 60.0
 
 
 class Trainable(Protocol):
@@ -46,166 +61,220 @@ class Trainable(Protocol):
     def load_training_state(self, state: dict[str, Any], mid_iteration: bool) -> None: ...
 
 
-@dataclass
-class RunState:
-    """What a checkpoint holds beside tensors.
-
-    identity: quantities that a continuation must have in common with the run.
-    metrics: of the last step.
-    rollout_files: of the iteration under way, by kind: `rollouts` and `held_out`.
-    """
-
-    progress: Progress
-    identity: dict[str, int | str]
-    metrics: dict[str, float] = field(default_factory=dict)
-    rollout_files: dict[str, list[Path]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints within an iteration stay beside the newest one.
-
-    top_k: so many of the best by `monitor`, among those that have it; -1 for all. mode: "min" or "max".
-    """
-
-    monitor: str = "val_loss"
-    mode: str = "min"
-    top_k: int = 0
-
-    def rank(self, metrics: dict[Path, dict[str, float]]) -> list[Path]:
-        """Checkpoints that have the metric, the best first, of equals the older."""
-        sign = 1 if self.mode == "min" else -1
-        values = {path: sign * found[self.monitor] for path, found in metrics.items() if self.monitor in found}
-        return sorted((path for path, value in values.items() if value == value), key=lambda path: (values[path], path))
-
-
 class TrainingCheckpoints:
-    """The checkpoints of one run directory, visible to all processes. Every process calls every method."""
+    """The checkpoints of one run directory, visible to all processes.
 
-    def __init__(self, directory: Path, retention: Retention | None = None) -> None:
+    `latest` and `best` only look. Every process calls each of the other methods, at the same point of the run.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        options: CheckpointConfig | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """options: what stays, and whether `save` waits for the disk; None to look only. say: tells people."""
         self.directory = directory
-        self.retention = retention or Retention()
+        self._retention = Retention(options.monitor, options.mode, options.save_top_k) if options else Retention()
+        self._asynchronous = options is None or options.async_save
+        self._say = say
+        self._saving: Saving | None = None
+        self._retries = Retries()
+        self._newest: Path | None = None
+        self._num_bytes = 0  # of the last checkpoint, on all ranks
+
+    # ------------------------------------------------------------------------------------------ looking
 
     def best(self) -> tuple[Path, float] | None:
         """The best of the checkpoints that are there, and its metric."""
-        metrics = {path: self._read_state(path)["metrics"] for path in self._whole()}
-        ranked = self.retention.rank(metrics)
-        return (ranked[0], metrics[ranked[0]][self.retention.monitor]) if ranked else None
+        ranked = self._retention.rank(stored_in(self.directory)[0])
+        return (ranked[0].path, ranked[0].metrics[self._retention.monitor]) if ranked else None
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint. Raises CheckpointError if the pointer names one that is not there."""
-        pointer = self.directory / "latest"
-        if not pointer.is_file():
-            return None
-        path = self.directory / pointer.read_text(encoding="utf-8").strip()
-        if not (path / "state.json").is_file():
-            raise CheckpointError(f"{pointer} names {path.name}, which is not a checkpoint in {self.directory}.")
-        return path
+        """The newest checkpoint by its state; the pointer may be older. None of its other files is looked at.
 
-    def save(self, model: Trainable, state: RunState, keep: bool) -> Path:
-        """Write a checkpoint. keep: it stays for good."""
-        is_main = dist.get_rank() == 0
-        name = f"iteration-{state.progress.iteration:03d}-step-{state.progress.step:07d}"
-        unfinished = self.directory / f".unfinished-{name}"
+        Raises CheckpointError if there is none and the pointer names one.
+        """
+        stored, faults = stored_in(self.directory)
+        newest = next((s.path for s in stored), next(iter(faults), None))
+        if newest is None and (name := pointed_at(self.directory)):
+            raise CheckpointError(
+                f"{self.directory}/latest names {name!r}, but there is no checkpoint beside it: bring it back, or "
+                "remove that file to start the run anew."
+            )
+        return newest
+
+    # ------------------------------------------------------------------------------------------ saving
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around everything that may call `save`: whatever happens, a checkpoint on its way comes to its end."""
+        of_first(lambda: publishing.remove_leftovers(self.directory))
         try:
-            if is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                (unfinished / "shards").mkdir(parents=True)
-            dist.barrier()
+            yield
+            self.settle(0, wait=True, last=True)
+        except BaseException:
+            if self._saving is not None:
+                self._saving.give_up(_SECONDS_AFTER_ERROR)
+            raise
+
+    def save(self, model: Trainable, state: RunState, keep: bool, last: bool = False) -> None:
+        """Write a checkpoint, as soon as the one before it is written.
+
+        keep: it stays for good. last: nothing comes after it, so wait for it.
+        Where the disk does not take it, the run goes on with a warning; the last one raises UserError.
+        """
+        step = state.progress.step
+        self.settle(step, wait=True)
+        # The run goes on counting in these while they are written.
+        state = copy.deepcopy(state)
+        unfinished = publishing.unfinished_directory(self.directory, state)
+        trouble = self._trouble_with(lambda: self._make_way(unfinished, state))
+        if not trouble:
             with_reference = model.reference_is_needed
             shards = model.sharded_training_state(with_reference, is_loading=False)
-            save_sharded(shards, unfinished / "shards")
-            dist.barrier()
-            if is_main:
-                self._finish(unfinished, name, state, with_reference, keep)
-            dist.barrier()
-        except BaseException:
-            if is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        return self.directory / name
+            writer = plan_shards(shards, unfinished / "shards")
+            del shards
+            self._num_bytes = total(writer.num_bytes)
+            trouble = self._trouble_with(lambda: self._check_room(unfinished))
+        if trouble:
+            return self._conclude(Outcome(error=trouble), unfinished, step, last)
+        reached("checkpoint/begun")
+        writer.hold(copy=self._asynchronous and not last)
 
-    def load(self, path: Path, model: Trainable, identity: dict[str, int]) -> RunState:
-        """Restore the model and return the rest. Raises CheckpointError if the checkpoint belongs to another run."""
-        stored = self._read_state(path)
-        under_way = stored["progress"]["iteration_step"] > 0 or any((path / "rollouts").glob("*.parquet"))
-        for name, value in stored["identity"].items():
-            if identity.get(name) != value and under_way:
-                raise CheckpointError(
-                    f"{path} was written in the middle of an iteration with {name} = {value}, and this run has "
-                    f"{identity.get(name)}: resume with the same, or start in another exp_manager.explicit_log_dir."
-                )
-        shards = model.sharded_training_state(stored["with_reference"], is_loading=True)
-        progress = Progress.from_state_dict(stored["progress"])
-        loaded = dist_checkpointing.load(shards, str(path / "shards"))
-        model.load_training_state(loaded, mid_iteration=progress.iteration_step > 0)
-        return RunState(
-            progress,
-            stored["identity"],
-            stored["metrics"],
-            {kind: sorted((path / kind).glob("*.parquet")) for kind in ROLLOUT_KINDS},
+        def publish(parts: Sequence[Part]) -> Outcome:
+            return publishing.publish(unfinished, writer, parts, state, self._retention, with_reference, keep)
+
+        channel = Channel(of_first(lambda: uuid.uuid4().hex))
+        self._saving = Saving(channel, unfinished, writer, publish, self._explain)
+        if last or not self._asynchronous:
+            self.settle(step, wait=True, last=last)
+
+    def settle(self, step: int, wait: bool = False, last: bool = False) -> bool:
+        """Take note of what became of the checkpoint on its way, if it is at its end on every process.
+
+        step: the last one that was made. wait: until it is at its end. last: raise UserError where it failed.
+        Returns whether one that failed is to be tried again after this step.
+        """
+        if self._saving is not None and (wait or everywhere(self._saving.is_over)):
+            saving, self._saving = self._saving, None
+            self._conclude(saving.wait(), saving.unfinished, step, last)
+        return self._saving is None and self._retries.is_due(step)
+
+    def _conclude(self, outcome: Outcome, unfinished: Path, step: int, last: bool) -> None:
+        for note in outcome.notes:
+            self._say(f"warning: {note}")
+        if outcome.path is not None:
+            if self._retries.is_failing:
+                self._say(f"{outcome.path} is written: the disk takes checkpoints again.")
+            self._newest = outcome.path
+            self._retries.succeeded()
+            return
+        kept = f"{self._newest} is kept" if self._newest else "there is no checkpoint of this run yet"
+        target = publishing.finished_directory(unfinished)
+        if last:
+            raise UserError(
+                f"{target} cannot be written ({outcome.error}); {kept}: make room, and run the same command again."
+            )
+        steps = self._retries.failed(step)
+        self._say(
+            f"warning: {target} could not be written ({outcome.error}); {kept}. The run goes on, and tries again "
+            f"after {steps} step{'s' if steps > 1 else ''}: make room."
         )
 
-    def _finish(self, unfinished: Path, name: str, state: RunState, with_reference: bool, keep: bool) -> None:
-        for kind, files in state.rollout_files.items():
-            (unfinished / kind).mkdir()
-            for file in files:
-                _link_or_copy(file, unfinished / kind / file.name)
-        stored = {
-            "format": _FORMAT,
-            "progress": state.progress.state_dict(),
-            "identity": state.identity,
-            "metrics": state.metrics,
-            "with_reference": with_reference,
-            "keep": keep,
+    def _trouble_with(self, work: Callable[[], None]) -> str:
+        """What the disk has against this, in words, on every process; only the first one does it."""
+
+        def attempt() -> str:
+            try:
+                work()
+            except OSError as error:
+                return self._explain(0, error)
+            return ""
+
+        return of_first(attempt)
+
+    def _make_way(self, unfinished: Path, state: RunState) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        publishing.remove_leftovers(self.directory)
+        self._check_room(unfinished)
+        publishing.prepare(unfinished, state)
+
+    def _check_room(self, unfinished: Path) -> None:
+        """Raises OSError where a checkpoint as large as the last one would not fit."""
+        if missing_bytes(self.directory, self._num_bytes):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _explain(self, rank: int, error: OSError) -> str:
+        reason = error.strerror or str(error)
+        if rank > 0:
+            reason += f", on rank {rank}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with suppress(OSError):
+                if missing := missing_bytes(self.directory, self._num_bytes):
+                    reason += f"; {missing / GIB:.2f} GiB more are needed"
+        return reason
+
+    # ------------------------------------------------------------------------------------------ resuming
+
+    def restore(self, path: Path, model: Trainable, identity: dict[str, int | str]) -> tuple[Path, RunState]:
+        """Restore the model from a checkpoint or, where that is damaged, from the newest whole one before it.
+
+        Returns the one that was used, and the state beside tensors.
+        Raises CheckpointError if none is whole, or if it belongs to another run.
+        """
+        stored = self.newest_whole(path)
+        listed = read_manifest(stored.path)
+        files = {
+            kind: [stored.path / name for name in sorted(listed) if name.startswith(f"{kind}/")]
+            for kind in ROLLOUT_KINDS
         }
-        (unfinished / "state.json").write_text(json.dumps(stored, indent=2), encoding="utf-8")
-        for file in unfinished.rglob("*"):
-            _sync(file)
-        target = self.directory / name
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unfinished, target)
-        _sync(self.directory)
-        pointer = self.directory / "latest.tmp"
-        pointer.write_text(name + "\n", encoding="utf-8")
-        _sync(pointer)
-        os.replace(pointer, self.directory / "latest")
-        self._remove_all_but(target)
+        under_way = stored.progress.iteration_step > 0 or bool(files["rollouts"])
+        for name, value in stored.identity.items():
+            if identity.get(name) != value and under_way:
+                raise CheckpointError(
+                    f"{stored.path} was written in the middle of an iteration with {name} = {value}, and this run has "
+                    f"{identity.get(name)}: resume with the same, or start in another exp_manager.explicit_log_dir."
+                )
+        shards = model.sharded_training_state(stored.with_reference, is_loading=True)
+        loaded = dist_checkpointing.load(shards, str(stored.path / "shards"))
+        model.load_training_state(loaded, mid_iteration=stored.progress.iteration_step > 0)
+        self._newest = stored.path
+        return stored.path, RunState(stored.progress, stored.identity, stored.metrics, files)
 
-    def _remove_all_but(self, newest: Path) -> None:
-        """Keep the newest and what retention asks for."""
-        passing = {path: state["metrics"] for path in self._whole() if not (state := self._read_state(path))["keep"]}
-        top_k = self.retention.top_k
-        staying = list(passing) if top_k == -1 else self.retention.rank(passing)[:top_k]
-        for path in passing:
-            if path != newest and path not in staying:
-                shutil.rmtree(path)
+    def newest_whole(self, path: Path) -> Stored:
+        """`path`, or the newest whole one before it; says what is wrong with those that are passed over.
 
-    def _whole(self) -> list[Path]:
-        """The checkpoints that are there, oldest first."""
-        return sorted(path.parent for path in self.directory.glob("iteration-*/state.json"))
-
-    def _read_state(self, path: Path) -> dict[str, Any]:
-        try:
-            stored = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}/state.json cannot be read ({error}): choose another checkpoint.") from None
-        if stored.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} has format {stored.get('format')}; this version reads format {_FORMAT}.")
+        Raises CheckpointError if none is whole.
+        """
+        found, unreadable = of_first(lambda: stored_in(self.directory))
+        name = of_first(lambda: pointed_at(self.directory))
+        if name and not any(other.name == name for other in (*unreadable, *(s.path for s in found))):
+            self._say(f"warning: {self.directory}/latest names {name!r}, which is not there.")
+        damaged = [f"{other.name}: {fault}" for other, fault in unreadable.items()]
+        start = next((i for i, stored in enumerate(found) if stored.path == path), 0)
+        for stored in found[start:]:
+            if not (faults := _faults(stored.path)):
+                break
+            more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+            damaged.append(f"{stored.path.name}: {faults[0]}{more}")
+        else:
+            raise CheckpointError(
+                f"{self.directory} holds no whole checkpoint ({'; '.join(damaged)}): bring one back, or choose another "
+                "exp_manager.explicit_log_dir to start anew."
+            )
+        for fault in damaged:
+            self._say(f"warning: {self.directory}/{fault}: this checkpoint is damaged, and passed over.")
         return stored
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file or directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _faults(path: Path) -> list[str]:
+    """What is wrong with a checkpoint; every process calls it."""
+    faults = faults_of(path)
+    if not faults:
+        try:
+            of_first(lambda: check_pickles(path / "shards", path.name))
+        except CheckpointError as error:
+            faults = [str(error)]
+    return faults

@@ -38,8 +38,8 @@ KEYS: dict[str, frozenset[str]] = {
             "checkpoint_callback_params"
         ),
         "exp_manager.checkpoint_callback_params": (
-            "monitor mode save_top_k save_nemo_on_train_end save_nemo2_on_train_end save_megatron_on_train_end "
-            "save_hf_on_train_end"
+            "monitor mode save_top_k async_save save_nemo_on_train_end save_nemo2_on_train_end "
+            "save_megatron_on_train_end save_hf_on_train_end"
         ),
         "pretrained_checkpoint": "restore_from_path",
         "model": (

@@ -136,6 +136,7 @@ def _checkpoint(section: Section, has_held_out_rollouts: bool) -> CheckpointConf
         monitor=monitor,
         mode=section.choice("mode", ("min", "max"), _MONITORS[monitor]),
         save_top_k=section.integer("save_top_k", 0, minimum=-1),
+        async_save=section.flag("async_save", True),
         save_nemo_on_train_end=section.flag("save_nemo_on_train_end", True),
         save_nemo2_on_train_end=section.flag("save_nemo2_on_train_end", False),
         save_megatron_on_train_end=section.flag("save_megatron_on_train_end", False),

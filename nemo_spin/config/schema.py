@@ -255,6 +255,7 @@ class CheckpointConfig:
 
     monitor, mode: metric by which checkpoints are best, and whether "min" or "max" of it is.
     save_top_k: so many of the best within iterations stay, beside the newest and each iteration's last; -1 for all.
+    async_save: training goes on while checkpoints are written, from a copy in host memory.
     save_nemo_on_train_end, save_nemo2_on_train_end, save_megatron_on_train_end, save_hf_on_train_end: write the trained
         policy as a `.nemo`, a NeMo 2 directory, a Megatron torch_dist directory, a Hugging Face directory.
     """
@@ -262,6 +263,7 @@ class CheckpointConfig:
     monitor: str
     mode: str
     save_top_k: int
+    async_save: bool
     save_nemo_on_train_end: bool
     save_nemo2_on_train_end: bool
     save_megatron_on_train_end: bool

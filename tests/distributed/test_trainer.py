@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -141,6 +142,55 @@ def test_when_the_time_is_up_the_run_saves_and_the_next_one_goes_on(
 def metrics_of(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
+
+
+def digests_of(checkpoint: Path) -> dict[str, Any]:
+    """Of tensors and plain values, not of what describes the one writing."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    return {name: digest for name, digest in files.items() if name.endswith((".distcp", ".pt"))}
+
+
+def test_saving_changes_nothing_whether_training_waits_for_it_or_not(
+    workers: Any, inputs: tuple[str, str], uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {"trainer.spin.save_interval": 1, "exp_manager.checkpoint_callback_params.async_save": False}
+    waiting = finish(workers.run(training_run, *inputs, str(tmp_path), **changes, tp=2))
+    assert waiting["history"] == uninterrupted["history"]
+    for key, tensor in uninterrupted["weights"].items():
+        assert torch.equal(waiting["weights"][key], tensor), key
+    for name in ("iteration-001-step-0000006", "iteration-002-step-0000012"):
+        digests = [digests_of(run_dir / "checkpoints" / name) for run_dir in (tmp_path, uninterrupted["run_dir"])]
+        assert digests[0] == digests[1] and len(digests[0]) >= 2
+
+
+def run_while_the_disk_is_full(checkpoint: str, data: str, run_dir: str) -> dict[str, Any]:
+    """There is room from step 5 on."""
+    from nemo_spin.checkpoint.training import TrainingCheckpoints
+
+    make_way, tried = TrainingCheckpoints._make_way, []
+
+    def make_way_from_step_5(self: Any, unfinished: Path, state: Any) -> None:
+        tried.append(state.progress.step)
+        if state.progress.step < 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        make_way(self, unfinished, state)
+
+    TrainingCheckpoints._make_way = make_way_from_step_5
+    try:
+        return training_run(checkpoint, data, run_dir) | {"tried": tried}
+    finally:
+        TrainingCheckpoints._make_way = make_way
+
+
+def test_a_full_disk_does_not_end_a_run(
+    workers: Any, inputs: tuple[str, str], uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    result = finish(workers.run(run_while_the_disk_is_full, *inputs, str(tmp_path), tp=2))
+    # 2 and 4 are due; 3 is one step after a failure, 5 would be two after the second, but 4 failed as well
+    assert result["tried"] == [2, 3, 4, 6, 8, 10, 12]
+    assert result["finished"] and result["history"] == uninterrupted["history"]
+    for key, tensor in uninterrupted["weights"].items():
+        assert torch.equal(result["weights"][key], tensor), key
 
 
 def test_the_best_checkpoints_stay(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
