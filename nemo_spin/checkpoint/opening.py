@@ -6,7 +6,6 @@ used. The weights of an archive are unpacked when they are asked for.
 
 from __future__ import annotations
 
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ def open_checkpoint(path: str | Path) -> Iterator[CheckpointSource]:
         return
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint at {path}: {_EXPECTED}.")
-    if not tarfile.is_tarfile(path):
+    if not path.is_file() or not nemo_archive.is_archive(path):
         raise CheckpointError(f"{path} is no checkpoint: it is not a tar archive; {_EXPECTED}.")
     with tempfile.TemporaryDirectory(prefix="nemo_spin_") as scratch:
         yield nemo1_source.open_archive(path, Path(scratch))
