@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -87,7 +87,7 @@ def plain(loaded: Any) -> Any:
 class _Machine(pickle._Unpickler):  # the documented one is C, and can not be changed
     """Knows no class but StandIn: not even harmless ones of other modules, which a pickle could change."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: Any, with_tensors: bool) -> None:
         super().__init__(file)

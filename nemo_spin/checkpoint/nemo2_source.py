@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import yaml
-
 from nemo_spin.checkpoint import nemo2, tokenizer_description
+from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.errors import CheckpointError
@@ -31,10 +30,9 @@ def open_directory(path: Path) -> CheckpointSource:
             f"{path} was not written to its end, as {_unfinished(root).name} beside it says: use another checkpoint."
         )
     try:
-        config = yaml.safe_load(description.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: context/model.yaml is no YAML of plain data: {reason}.") from None
+        config = read_yaml(description)
+    except (PlainDataError, OSError) as error:
+        raise CheckpointError(f"{path}: context/model.yaml is no YAML of plain data: {error}.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: context/model.yaml is no mapping.")
     weights = root / "weights" if (root / "weights").is_dir() else root

@@ -112,8 +112,8 @@ def _check_room(archive: str | Path, directory: Path, needed: int) -> None:
     if needed > free:
         raise CheckpointError(
             f"{archive} cannot be unpacked ({needed / 2**30:.2f} GiB are needed, {directory.parent} has "
-            f"{free / 2**30:.2f} GiB): make room, set TMPDIR to where there is room, or unpack it yourself and give the "
-            "directory."
+            f"{free / 2**30:.2f} GiB): make room, set TMPDIR to where there is room, or unpack it yourself and give "
+            "the directory."
         )
 
 

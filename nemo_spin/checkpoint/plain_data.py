@@ -31,7 +31,7 @@ def read_yaml(file: Path) -> Any:
     """The content of a YAML file. Raises PlainDataError, and OSError if it cannot be read."""
     text = _read(file, LARGEST_YAML)
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (it is a SafeLoader)
+        return yaml.load(text, _Loader)
     except RecursionError:
         raise PlainDataError(f"it is nested more than {DEEPEST} deep") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -86,6 +86,10 @@ def _items(value: Any) -> Any:
     return value if isinstance(value, list) else ()
 
 
+def _refusal(reason: str, mark: Any) -> yaml.YAMLError:
+    return yaml.composer.ComposerError(None, None, reason, mark)
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the limits above, and with floats as OmegaConf and YAML 1.2 write them (1e-5)."""
 
@@ -100,7 +104,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._measured:
-                raise yaml.composer.ComposerError(None, None, "it holds an alias to what it stands in", event.start_mark)
+                raise _refusal("it holds an alias to what it stands in", event.start_mark)
             return node
         self._depth += 1
         self._check(1, self._depth, event.start_mark)
@@ -118,16 +122,16 @@ class _Loader(yaml.SafeLoader):
 
     def _check(self, size: int, levels: int, mark: Any) -> None:
         if levels > DEEPEST:
-            raise yaml.composer.ComposerError(None, None, f"it is nested more than {DEEPEST} deep", mark)
+            raise _refusal(f"it is nested more than {DEEPEST} deep", mark)
         if size > MOST_VALUES:
-            raise yaml.composer.ComposerError(None, None, f"it holds more than {MOST_VALUES} values", mark)
+            raise _refusal(f"it holds more than {MOST_VALUES} values", mark)
 
     def _check_keys(self, node: yaml.MappingNode) -> None:
         """Readers differ in which of two values counts."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if len(keys) != len(set(keys)):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.composer.ComposerError(None, None, f"it gives {twice[:100]} twice", node.start_mark)
+            raise _refusal(f"it gives {twice[:100]} twice", node.start_mark)
 
     def construct_yaml_int(self, node: Any) -> int:
         if len(node.value) > 400:

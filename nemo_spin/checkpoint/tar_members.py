@@ -72,7 +72,7 @@ def read_members(stream: BinaryIO, most_bytes: int) -> list[Member]:
         if len(members) == MOST_MEMBERS:
             raise UnsafeMemberError(f"it has more than {MOST_MEMBERS} members")
         if total > most_bytes:
-            raise UnsafeMemberError(f"its files are to become more than {most_bytes} bytes, which so small a file is not")
+            raise UnsafeMemberError(f"its files claim more than {most_bytes} bytes, far more than it has itself")
         members.append(member)
     _check_distinct(members)
     return members
