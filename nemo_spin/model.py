@@ -16,7 +16,7 @@ from nemo.core.classes import common as nemo_common
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.archive import SPINSaveRestoreConnector, by_own_connector
+from nemo_spin.archive import SPINSaveRestoreConnector, by_own_connector, check_before_nemo, check_before_restoring
 from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
 from nemo_spin.checkpoint.opening import open_checkpoint
@@ -68,6 +68,8 @@ class MegatronGPTSPINModel(ModelPT):
         self.precision = "bf16" if "bf16" in str(cfg.get("precision")) else "32"
         if self._is_model_being_restored():
             folder = AppState().nemo_file_folder
+            if not by_own_connector.get():
+                check_before_nemo(folder)
             self._build_from_checkpoint(folder)
             if not by_own_connector.get():
                 # NeMo's connector unpacked the archive into this folder of its own, and loads a state_dict from it.
@@ -262,9 +264,7 @@ class MegatronGPTSPINModel(ModelPT):
         Raises CheckpointError or ConfigError in one sentence for what cannot be restored.
         """
         connector = save_restore_connector or SPINSaveRestoreConnector()
-        if not Path(restore_path).expanduser().exists():
-            with open_checkpoint(restore_path):
-                pass
+        check_before_restoring(restore_path, connector)
         return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
 
     def save_to(self, save_path: str | Path) -> None:

@@ -35,6 +35,10 @@ def open_directory(path: Path) -> CheckpointSource:
         raise CheckpointError(f"{path}: context/model.yaml is no YAML of plain data: {error}.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: context/model.yaml is no mapping.")
+    try:
+        tokenizer = tokenizer_description.from_nemo2(config.get("tokenizer"), str(path))
+    except CheckpointError:
+        tokenizer = None
     weights = root / "weights" if (root / "weights").is_dir() else root
     store = TorchDistStore(weights, nemo2.KEY_PREFIX, str(path))
     return CheckpointSource(
@@ -42,7 +46,7 @@ def open_directory(path: Path) -> CheckpointSource:
         "nemo2",
         "torch_dist",
         config,
-        tokenizer_description.from_nemo2(config.get("tokenizer"), str(path)),
+        tokenizer,
         description.parent,
         trained_layout=layout_in(config.get("config") or {}),
         _store=store,
