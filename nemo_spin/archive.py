@@ -32,6 +32,7 @@ def check_before_nemo(path: str | Path) -> None:
     """
     with open_checkpoint(path) as source:
         config = source.config
+        source.architecture()
     name = next((key for key in ("_target_", "cls", "params") if key in config), None)
     if source.family == "nemo1" and (name or may_interpolate(config)):
         raise CheckpointError(

@@ -57,6 +57,8 @@ class MegatronGPTSPINModel(ModelPT):
 
         The process groups, where there are none yet, are made for the layout in cfg.
         """
+        if self._is_model_being_restored() and not by_own_connector.get():
+            check_before_nemo(AppState().nemo_file_folder)
         super().__init__(cfg=cfg, trainer=trainer)
         cfg = self._cfg
         if not setup.is_initialized():
@@ -68,8 +70,6 @@ class MegatronGPTSPINModel(ModelPT):
         self.precision = "bf16" if "bf16" in str(cfg.get("precision")) else "32"
         if self._is_model_being_restored():
             folder = AppState().nemo_file_folder
-            if not by_own_connector.get():
-                check_before_nemo(folder)
             self._build_from_checkpoint(folder)
             if not by_own_connector.get():
                 # NeMo's connector unpacked the archive into this folder of its own, and loads a state_dict from it.
