@@ -10,8 +10,10 @@ import torch
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_spin.checkpoint.interpolation import may_interpolate
 from nemo_spin.checkpoint.nemo1 import to_nemo1_config
 from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.errors import CheckpointError
 from nemo_spin.export import export
 
 if TYPE_CHECKING:
@@ -20,6 +22,32 @@ if TYPE_CHECKING:
 
 # Whether the model that is being restored is restored by the connector below, and not by NeMo's own.
 by_own_connector: ContextVar[bool] = ContextVar("by_own_connector", default=False)
+
+
+def check_before_nemo(path: str | Path) -> None:
+    """Raises CheckpointError for a checkpoint that NeMo's own connector should not see.
+
+    That unpacks an archive without limits, resolves interpolations, environment variables among them, and makes what a
+    `_target_` at the root of its configuration names.
+    """
+    with open_checkpoint(path) as source:
+        config = source.config
+        source.architecture()
+    name = next((key for key in ("_target_", "cls", "params") if key in config), None)
+    if source.family == "nemo1" and (name or may_interpolate(config)):
+        raise CheckpointError(
+            f"{path}: model_config.yaml {f'has a {name}' if name else 'refers to what is not in it'}, which NeMo's "
+            "connector would act on: leave save_restore_connector out."
+        )
+
+
+def check_before_restoring(path: str, connector: Any) -> None:
+    """Raises CheckpointError, in one sentence, if there is no checkpoint, or none that NeMo's connector should see."""
+    if not isinstance(connector, SPINSaveRestoreConnector):
+        check_before_nemo(connector.model_extracted_dir or path)
+    elif not Path(path).expanduser().exists():
+        with open_checkpoint(path):
+            pass
 
 
 class SPINSaveRestoreConnector(SaveRestoreConnector):

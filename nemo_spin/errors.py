@@ -29,4 +29,26 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, incomplete, or of a kind that is not supported."""
+    """A checkpoint that is missing, incomplete, or of a kind that is not supported.
+
+    Its sentence may quote a stranger's file: it is made safe for a terminal.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(printable(sentence))
+
+
+# A sentence with two paths and a list of names is shorter.
+_LONGEST = 2000
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which may change what a terminal shows, as escapes; its middle cut out where it
+    is longer than any sentence."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode("ascii") for each in text
+    )

@@ -18,7 +18,15 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from omegaconf import OmegaConf
 
-from nemo_spin.checkpoint import megatron_args, megatron_directory, nemo1, nemo2, nemo2_context, nemo_archive
+from nemo_spin.checkpoint import (
+    interpolation,
+    megatron_args,
+    megatron_directory,
+    nemo1,
+    nemo2,
+    nemo2_context,
+    nemo_archive,
+)
 from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.checkpoint.huggingface_export import (
     to_huggingface_config,
@@ -174,7 +182,7 @@ def _write_nemo(content: Content, folder: Path, target: Path) -> list[str]:
         # Of the run that reads it, not of the one that wrote it.
         config |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
         if content.tokenizer is not None:
-            config["tokenizer"] = content.tokenizer.save(folder)
+            config["tokenizer"] = interpolation.escaped(content.tokenizer.save(folder))
         OmegaConf.save(OmegaConf.create(config), folder / nemo_archive.CONFIG)
     return []
 

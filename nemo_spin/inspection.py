@@ -13,7 +13,7 @@ from typing import Any
 from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.source import CheckpointSource
-from nemo_spin.errors import CheckpointError, ConfigError
+from nemo_spin.errors import CheckpointError, ConfigError, printable
 from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
 from nemo_spin.tokenizers.build import local_path
 
@@ -136,7 +136,7 @@ def as_text(found: dict[str, Any]) -> str:
     width = max(map(len, facts))
     lines += [f"  {name:<{width}}  {value}" for name, value in facts.items()]
     lines += [f"problem: {problem}" for problem in found["problems"]] or ["Nothing is missing."]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _architecture_lines(architecture: dict[str, Any]) -> dict[str, str]:

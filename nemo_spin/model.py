@@ -16,7 +16,7 @@ from nemo.core.classes import common as nemo_common
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.archive import SPINSaveRestoreConnector, by_own_connector
+from nemo_spin.archive import SPINSaveRestoreConnector, by_own_connector, check_before_nemo, check_before_restoring
 from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
 from nemo_spin.checkpoint.opening import open_checkpoint
@@ -58,6 +58,8 @@ class MegatronGPTSPINModel(ModelPT):
 
         The process groups, where there are none yet, are made for the layout in cfg.
         """
+        if self._is_model_being_restored() and not by_own_connector.get():
+            check_before_nemo(AppState().nemo_file_folder)
         super().__init__(cfg=cfg, trainer=trainer)
         cfg = self._cfg
         if not setup.is_initialized():
@@ -268,9 +270,7 @@ class MegatronGPTSPINModel(ModelPT):
         Raises CheckpointError or ConfigError in one sentence for what cannot be restored.
         """
         connector = save_restore_connector or SPINSaveRestoreConnector()
-        if not Path(restore_path).expanduser().exists():
-            with open_checkpoint(restore_path):
-                pass
+        check_before_restoring(restore_path, connector)
         return super().restore_from(restore_path, *args, save_restore_connector=connector, **kwargs)
 
     def save_to(self, save_path: str | Path) -> None:

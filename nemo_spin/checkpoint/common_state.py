@@ -1,8 +1,7 @@
 """What Megatron stores beside the weights of a torch_dist directory: `args`, `iteration`, ... as plain data.
 
 It is a pickle that names classes of whatever training code wrote it, some of which do not exist here. Nothing that
-it names is imported or called: every class or function becomes a stand-in that only keeps what it was called with,
-and the few kinds that are plain data at heart are turned into that afterwards.
+it names is imported or called, see `inert_pickle`.
 
 Until megatron-core 0.18 it is a file of its own, common.pt; since then an object inside the `.distcp` files.
 """
@@ -15,52 +14,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from nemo_spin.checkpoint.inert_pickle import LARGEST, StandIn, load_inert, plain
 from nemo_spin.checkpoint.metadata_pickle import read_metadata
 from nemo_spin.errors import CheckpointError
 
 FILE = "common.pt"
 _KEY = "common_state"
-
-
-class StandIn:
-    """In place of an object whose class is not known here: what the pickle says of it.
-
-    type(it).qualified is the name of the class or function. args: what it was called with. state: what it was filled
-    with. items: what was added to it.
-    """
-
-    qualified = ""
-    args: tuple[Any, ...]
-    state: Any
-    items: list[Any]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> StandIn:
-        made = super().__new__(cls)
-        made.args, made.state, made.items = (*args, *kwargs.values()), None, []
-        return made
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """All is in __new__, which is what pickles call."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __call__(self, *args: Any) -> StandIn:
-        return StandIn(self, *args)
-
-    def append(self, item: Any) -> None:
-        self.items.append(item)
-
-    extend = append
-    add = append
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
-
-    def __repr__(self) -> str:
-        return f"{self.qualified}({', '.join(map(repr, self.args))})"
 
 
 def read_common_state(directory: Path, origin: str) -> dict[str, Any]:
@@ -74,7 +33,8 @@ def read_common_state(directory: Path, origin: str) -> dict[str, Any]:
     name = f"{directory.name}/{FILE}"
     try:
         if file.is_file():
-            loaded = _read_archive(file.read_bytes())
+            with open(file, "rb") as opened:
+                loaded = _read_archive(opened.read(LARGEST + 1))
         else:
             name = f"{directory.name}: {_KEY}"
             content = _object_in_shards(directory, origin)
@@ -102,7 +62,7 @@ def _object_in_shards(directory: Path, origin: str) -> bytes | None:
         if index.fqn.split("/")[0] == _KEY:
             with open(directory / place.relative_path, "rb") as shard:
                 shard.seek(place.offset)
-                return shard.read(place.length)
+                return shard.read(min(place.length, LARGEST + 1))
     return None
 
 
@@ -113,83 +73,7 @@ def _read_archive(content: bytes) -> Any:
         if len(pickles) != 1 or pickles[0].compress_type != zipfile.ZIP_STORED:
             raise pickle.UnpicklingError("it is no archive that torch.save writes")
         with archive.open(pickles[0]) as opened:
-            return _Plain().convert(_Unpickler(opened).load())
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows no class but StandIn: not even harmless ones of other modules, which a pickle could change."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self._known: dict[str, type[StandIn]] = {}
-
-    def find_class(self, module: str, name: str) -> type[StandIn]:
-        # torch.save writes the names of Python 2.
-        qualified = f"{module.replace('__builtin__', 'builtins')}.{name}"
-        if qualified not in self._known:
-            self._known[qualified] = type("StandIn", (StandIn,), {"qualified": qualified})
-        return self._known[qualified]
-
-    def persistent_load(self, reference: Any) -> None:
-        """The memory of a tensor, which nobody needs here."""
-
-
-_NAMESPACES = {"argparse.Namespace", "types.SimpleNamespace"}
-_MAPPINGS = {"collections.OrderedDict", "collections.defaultdict"}
-_TUPLES = {"torch.Size", "builtins.tuple", "builtins.list", "builtins.set", "builtins.frozenset"}
-
-
-class _Plain:
-    """Turns stand-ins of plain data into that, inside containers as well; each object once, as pickles share them."""
-
-    def __init__(self) -> None:
-        self._done: dict[int, Any] = {}
-
-    def convert(self, value: Any) -> Any:
-        if id(value) in self._done:
-            return self._done[id(value)]
-        if isinstance(value, dict):
-            return self._mapping(value, value.items())
-        if isinstance(value, (list, set, frozenset)):
-            made: list[Any] = []
-            self._done[id(value)] = made
-            made.extend(self.convert(item) for item in value)
-            return made
-        if isinstance(value, tuple):
-            return tuple(self.convert(item) for item in value)
-        if isinstance(value, type):
-            return _dtype(value) or value
-        return self._stand_in(value) if isinstance(value, StandIn) else value
-
-    def _mapping(self, owner: Any, pairs: Any) -> dict[Any, Any]:
-        made: dict[Any, Any] = {}
-        self._done[id(owner)] = made
-        for key, item in pairs:
-            made[key if isinstance(key, str) else self.convert(key)] = self.convert(item)
-        return made
-
-    def _stand_in(self, value: StandIn) -> Any:
-        name = value.qualified
-        if name in _NAMESPACES and isinstance(value.state, dict):
-            return self._mapping(value, value.state.items())
-        if name in _MAPPINGS:
-            # A pickle may fill it item by item, or hand over a list of pairs.
-            given = next((argument for argument in value.args if isinstance(argument, list)), [])
-            return self._mapping(value, [*given, *value.items])
-        if name in _TUPLES and len(value.args) == 1 and isinstance(value.args[0], (list, tuple)):
-            return tuple(self.convert(item) for item in value.args[0])
-        if name.startswith("pathlib."):
-            return "/".join(map(str, value.args)).replace("//", "/")
-        self._done[id(value)] = value
-        value.args = tuple(self.convert(item) for item in value.args)
-        value.state = self.convert(value.state)
-        return value
-
-
-def _dtype(named: type) -> torch.dtype | None:
-    module, _, name = getattr(named, "qualified", "").rpartition(".")
-    found = getattr(torch, name, None) if module == "torch" else None
-    return found if isinstance(found, torch.dtype) else None
+            return plain(load_inert(opened.read(), with_tensors=True))
 
 
 def member_of(value: Any) -> str | int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_spin.checkpoint.architecture import Architecture, layer_tensors, outer_tensors
@@ -14,17 +14,23 @@ _QK_NORMS = tuple(f"{which}_layernorm.{kind}" for which in "qk" for kind in ("we
 
 def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of the architecture, with layers one by one."""
-    layers = range(architecture.transformer["num_layers"])
+    return dict(each_expected(architecture))
+
+
+def each_expected(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same, one at a time: a configuration may claim any number of layers, and the first that is missing tells."""
+    yield from outer_tensors(architecture).items()
     of_layer = layer_tensors(architecture.transformer)
-    return outer_tensors(architecture) | {
-        f"{LAYERS}{index}.{name}": shape for index in layers for name, shape in of_layer.items()
-    }
+    for index in range(architecture.transformer["num_layers"]):
+        for name, shape in of_layer.items():
+            yield f"{LAYERS}{index}.{name}", shape
 
 
 def check_against(tensors: Mapping[str, StoredTensor], architecture: Architecture, origin: str) -> None:
     """Raises CheckpointError, naming tensor and configuration, where the stored tensors contradict the architecture."""
-    expected = expected_tensors(architecture)
-    for name, shape in expected.items():
+    expected = set()
+    for name, shape in each_expected(architecture):
+        expected.add(name)
         if name not in tensors:
             raise CheckpointError(
                 f"{origin} holds no tensor {name}, which its configuration asks for{reason(name, architecture)}."

@@ -6,7 +6,6 @@ here, or refused by name. The file is read as data; nothing that it names (`auto
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nemo_spin.checkpoint.architecture import Architecture, squared_relu, transformer_fields
+from nemo_spin.checkpoint.plain_data import PlainDataError, read_json
 from nemo_spin.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -86,8 +86,8 @@ def read_huggingface_config(directory: Path, origin: str) -> dict[str, Any]:
             "(PEFT's merge_and_unload), and give the result."
         )
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_json(directory / CONFIG)
+    except (OSError, PlainDataError) as error:
         raise CheckpointError(f"{origin}: {CONFIG} cannot be read ({' '.join(str(error).split())}).") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{origin}: {CONFIG} is no mapping.")

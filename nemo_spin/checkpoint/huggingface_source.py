@@ -45,4 +45,7 @@ def _snapshot(path: Path) -> Path:
     current = path / "refs" / "main"
     if not current.is_file():
         return path
-    return path / "snapshots" / current.read_text(encoding="utf-8").strip()
+    with open(current, "rb") as opened:
+        version = opened.read(256).decode("ascii", "replace").strip()
+    # It is the id of a commit, and no path to somewhere else.
+    return path / "snapshots" / version if version.isalnum() else path

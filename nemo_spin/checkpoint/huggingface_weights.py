@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import reduce
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_spin.checkpoint.architecture import Architecture
-from nemo_spin.checkpoint.contradictions import expected_tensors
+from nemo_spin.checkpoint.contradictions import each_expected
 from nemo_spin.checkpoint.huggingface_layout import (
     INDEX,
     OUTER,
@@ -22,6 +21,7 @@ from nemo_spin.checkpoint.huggingface_layout import (
     huggingface_shapes,
     segments,
 )
+from nemo_spin.checkpoint.plain_data import read_json
 from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor
 from nemo_spin.errors import CheckpointError
 
@@ -84,7 +84,7 @@ class HuggingFaceStore:
         """What is stored, by megatron-core's names."""
         left = dict(self._where)
         found = {}
-        for name, shape in expected_tensors(self._architecture).items():
+        for name, shape in each_expected(self._architecture):
             dtypes = []
             for wanted, wanted_shape in huggingface_shapes(name, shape, self._architecture).items():
                 wanted = self._names.get(wanted, wanted)
@@ -140,7 +140,7 @@ def _files(directory: Path, origin: str) -> list[Path]:
 def _weight_map(directory: Path, origin: str) -> dict[str, str]:
     """Tensor -> name of the file that holds it, as the index says."""
     try:
-        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        index = read_json(directory / INDEX)
         return {name: Path(file).name for name, file in index["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{origin} is damaged: {INDEX} cannot be read; {_AGAIN}.") from None

@@ -88,7 +88,8 @@ def _number(path: Path) -> int | None:
 
 def _tracked(root: Path) -> int | None:
     try:
-        text = (root / TRACKER).read_text().strip()
+        with open(root / TRACKER, "rb") as opened:
+            text = opened.read(32).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return None
     if text == RELEASE:

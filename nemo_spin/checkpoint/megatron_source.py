@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_spin.checkpoint import megatron_args, megatron_bridge
 from nemo_spin.checkpoint.common_state import read_common_state
 from nemo_spin.checkpoint.megatron_directory import RUN_CONFIG, Iteration
 from nemo_spin.checkpoint.megatron_tokenizer import from_megatron
+from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore, read_backend
 from nemo_spin.checkpoint.weight_store import WeightStore
@@ -53,10 +52,9 @@ def _configuration(path: Path) -> tuple[str, Mapping[str, Any], str]:
     where = f"{path}: {RUN_CONFIG}"
     if file.is_file():
         try:
-            config = yaml.safe_load(file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{where} is no YAML of plain data: {reason}.") from None
+            config = read_yaml(file)
+        except (PlainDataError, OSError) as error:
+            raise CheckpointError(f"{where} is no YAML of plain data: {error}.") from None
         if not isinstance(config, dict):
             raise CheckpointError(f"{where} is no mapping.")
         megatron_bridge.refuse_adapters(config, where)

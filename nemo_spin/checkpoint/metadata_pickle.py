@@ -1,73 +1,133 @@
 """Reading `.metadata`, the pickle in which torch and megatron-core describe a torch_dist directory.
 
-Only the classes that they write there are allowed, so that a file made to run code is refused before anything else
-opens it.
+Nothing that it names is imported: it is read as data, and torch's own records are made of that here. What else is in
+it, such as the plans by which it was written, is left out; so are files outside the directory and sizes that cannot be.
 """
 
 from __future__ import annotations
 
-import enum
 import pickle
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from nemo_spin.checkpoint.inert_pickle import LARGEST, StandIn, dtype_named, load_inert
 from nemo_spin.errors import CheckpointError
 
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.", "megatron.core.dist_checkpointing.")
-_ALLOWED_NAMES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-}
+# An axis and a place in a file fit into 63 bits; a weight has four axes at most.
+_MOST_AXES = 16
+_LARGEST_NUMBER = 2**63
 
 
 def read_metadata(file: Path, origin: str) -> Metadata:
-    """What `.metadata` says. origin: names the checkpoint in messages. Raises CheckpointError if it cannot be read."""
+    """What `.metadata` says of the tensors, and of where in which file they are.
+
+    origin: names the checkpoint in messages. Raises CheckpointError if it cannot be read, or makes no sense.
+    """
     try:
         with open(file, "rb") as opened:
-            metadata = _MetadataUnpickler(opened).load()
-        # What readers need of it; a stranger's file may be a valid pickle of something else.
-        _ = metadata.state_dict_metadata.items(), (metadata.storage_data or {}).items()
+            return _metadata(load_inert(opened.read(LARGEST + 1)))
     except Exception as error:
+        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{origin}: {file.parent.name}/{file.name} cannot be read ({type(error).__name__}: {error}): it is "
+            f"{origin}: {file.parent.name}/{file.name} cannot be read ({type(error).__name__}: {reason}): it is "
             "damaged, or written by a torch or megatron-core newer than this one."
         ) from None
-    return metadata
 
 
-def _enum_member(owner: type, name: str) -> Any:
-    """Stands in for getattr, by which Python 3.11 pickles enum members."""
-    if not (isinstance(owner, type) and issubclass(owner, enum.Enum)):
-        raise pickle.UnpicklingError(f"getattr of {owner!r}")
-    return owner[name]
-
-
-def _is_record(found: Any) -> bool:
-    """Whether it is a class that holds data only. megatron-core has empty stand-ins for those of older releases."""
-    return (
-        isinstance(found, type)
-        and found.__module__.startswith(_ALLOWED_MODULES)
-        and (is_dataclass(found) or issubclass(found, enum.Enum) or found.__init__ is object.__init__)
+def _metadata(loaded: Any) -> Metadata:
+    fields = _fields(loaded, "Metadata", "MCoreMetadata")
+    entries, storage = fields["state_dict_metadata"], fields.get("storage_data")
+    if not isinstance(entries, dict) or not isinstance(storage, (dict, type(None))):
+        raise pickle.UnpicklingError("it holds no description of tensors")
+    return Metadata(
+        {_text(name): _entry(entry) for name, entry in entries.items()},
+        storage_data={_index(index): _place(place) for index, place in (storage or {}).items()},
     )
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        found = None
-        if (module, name) in _ALLOWED_NAMES or module.startswith(_ALLOWED_MODULES):
-            found = super().find_class(module, name)
-        # Inside the allowed modules only plain records: not functions, not what these modules import.
-        if (module, name) in _ALLOWED_NAMES or _is_record(found):
-            return found
-        raise pickle.UnpicklingError(f"{module}.{name}")
+def _entry(entry: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if _class_name(entry) == "BytesStorageMetadata":
+        return BytesStorageMetadata()
+    fields = _fields(entry, "TensorStorageMetadata")
+    size = _sizes(fields["size"])
+    chunks = [_chunk(chunk, size) for chunk in fields["chunks"]]
+    return TensorStorageMetadata(_properties(fields["properties"]), size, chunks)
+
+
+def _properties(record: Any) -> TensorProperties:
+    """Its state is a tuple that begins with the dtype; the rest (layout, memory format) is of no use here."""
+    state = record.state if _class_name(record) == "TensorProperties" else None
+    dtype = dtype_named(state[0]) if isinstance(state, tuple) and state else None
+    if dtype is None:
+        raise pickle.UnpicklingError("it gives a tensor no dtype that torch has")
+    return TensorProperties(dtype=dtype)
+
+
+def _chunk(record: Any, size: torch.Size) -> ChunkStorageMetadata:
+    fields = _fields(record, "ChunkStorageMetadata")
+    offsets, sizes = _sizes(fields["offsets"]), _sizes(fields["sizes"])
+    if not len(offsets) == len(sizes) == len(size) or any(
+        start + length > whole for start, length, whole in zip(offsets, sizes, size, strict=True)
+    ):
+        raise pickle.UnpicklingError("a piece of a tensor lies outside of it")
+    return ChunkStorageMetadata(offsets, sizes)
+
+
+def _index(record: Any) -> MetadataIndex:
+    fields = _fields(record, "MetadataIndex")
+    offset = fields.get("offset")
+    return MetadataIndex(_text(fields["fqn"]), None if offset is None else _sizes(offset))
+
+
+def _place(record: Any) -> _StorageInfo:
+    fields = _fields(record, "_StorageInfo")
+    name = _text(fields["relative_path"])
+    if name in ("", ".", "..") or "/" in name or not name.isprintable():
+        raise pickle.UnpicklingError(f"it names a file outside of its directory: {name[:100]!r}")
+    if fields.get("transform_descriptors"):
+        raise pickle.UnpicklingError("its tensors are compressed or otherwise transformed")
+    return _StorageInfo(name, _number(fields["offset"]), _number(fields["length"]))
+
+
+def _fields(record: Any, *names: str) -> dict[str, Any]:
+    if _class_name(record) not in names or not isinstance(record.state, dict):
+        raise pickle.UnpicklingError(f"it holds a {_class_name(record)} in place of a {names[0]}")
+    return record.state
+
+
+def _class_name(record: Any) -> str:
+    """Of a stand-in for a record of torch or megatron-core, its class, in whatever module that is by now."""
+    if not isinstance(record, StandIn):
+        return type(record).__name__
+    package, _, name = record.qualified.rpartition(".")
+    return name if package.split(".")[0] in ("torch", "megatron") else record.qualified
+
+
+def _sizes(record: Any) -> torch.Size:
+    given = record.args[0] if isinstance(record, StandIn) and len(record.args) == 1 else record
+    if _class_name(record) not in ("Size", "tuple", "list") or len(given) > _MOST_AXES:
+        raise pickle.UnpicklingError(f"it holds a {_class_name(record)} in place of a shape")
+    return torch.Size(map(_number, given))
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
+        raise pickle.UnpicklingError("it holds a size or place that cannot be")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise pickle.UnpicklingError(f"it holds a {type(value).__name__} in place of a name")
+    return value

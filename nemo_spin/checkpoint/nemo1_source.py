@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nemo_spin.checkpoint import nemo1, nemo_archive, tokenizer_description
+from nemo_spin.checkpoint import interpolation, nemo1, nemo_archive, tokenizer_description
+from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.checkpoint.weight_store import WeightStore
@@ -99,22 +96,14 @@ def _check_names(names: set[str], path: Path) -> None:
 
 
 def _read_config(file: Path, path: Path) -> dict[str, Any]:
-    """The configuration as plain data; what it interpolates from keys that are not there stays as written."""
+    """The configuration as plain data; what it interpolates from elsewhere than the file stays as written."""
     try:
-        loaded = OmegaConf.load(file)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: {nemo_archive.CONFIG} cannot be read: {reason}.") from None
-    if not OmegaConf.is_dict(loaded):
+        loaded = read_yaml(file)
+    except (PlainDataError, OSError) as error:
+        raise CheckpointError(f"{path}: {nemo_archive.CONFIG} cannot be read: {error}.") from None
+    if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: {nemo_archive.CONFIG} is no mapping.")
-    config = OmegaConf.to_container(loaded, resolve=False)
-    for key in config:
-        try:
-            value = loaded[key]
-            config[key] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except OmegaConfBaseException:
-            continue
-    return config
+    return interpolation.resolve(loaded)
 
 
 def _artifacts(config: Mapping[str, Any]) -> set[str]:

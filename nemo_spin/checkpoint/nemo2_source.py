@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import yaml
-
 from nemo_spin.checkpoint import nemo2, tokenizer_description
+from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.errors import CheckpointError
@@ -31,12 +30,15 @@ def open_directory(path: Path) -> CheckpointSource:
             f"{path} was not written to its end, as {_unfinished(root).name} beside it says: use another checkpoint."
         )
     try:
-        config = yaml.safe_load(description.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: context/model.yaml is no YAML of plain data: {reason}.") from None
+        config = read_yaml(description)
+    except (PlainDataError, OSError) as error:
+        raise CheckpointError(f"{path}: context/model.yaml is no YAML of plain data: {error}.") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: context/model.yaml is no mapping.")
+    try:
+        tokenizer = tokenizer_description.from_nemo2(config.get("tokenizer"), str(path))
+    except CheckpointError:
+        tokenizer = None
     weights = root / "weights" if (root / "weights").is_dir() else root
     store = TorchDistStore(weights, nemo2.KEY_PREFIX, str(path))
     return CheckpointSource(
@@ -44,7 +46,7 @@ def open_directory(path: Path) -> CheckpointSource:
         "nemo2",
         "torch_dist",
         config,
-        tokenizer_description.from_nemo2(config.get("tokenizer"), str(path)),
+        tokenizer,
         description.parent,
         trained_layout=layout_in(config.get("config") or {}),
         _store=store,

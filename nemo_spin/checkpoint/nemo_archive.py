@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+from nemo_spin.checkpoint.tar_members import (
+    Member,
+    TruncatedArchiveError,
+    UnsafeMemberError,
+    read_members,
+    starts_archive,
+)
 from nemo_spin.errors import CheckpointError
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
+
+# How much larger than the archive its files may be. Weights hardly shrink when they are compressed; text, to a tenth.
+MOST_EXPANSION = 20
+# Bytes that the files may have in any case: a toy's weights may all be equal.
+ALWAYS_ALLOWED = 256 * 2**20
+_PIECE = 2**20
+_GZIP = b"\x1f\x8b"
 
 
 def pack(directory: str | Path, destination: str | Path) -> None:
@@ -25,7 +42,8 @@ def pack(directory: str | Path, destination: str | Path) -> None:
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w:", format=tarfile.GNU_FORMAT) as archive:
+            # What is linked is written as the file that it is: `unpack` refuses links.
+            with tarfile.open(fileobj=file, mode="w:", format=tarfile.GNU_FORMAT, dereference=True) as archive:
                 archive.add(directory, arcname=".", filter=_anonymous)
             file.flush()
             os.fsync(file.fileno())
@@ -45,32 +63,81 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is a tar archive, as it is or compressed by gzip, which NeMo's first releases did."""
+    try:
+        with _decompressed(path) as stream:
+            return starts_archive(stream.read(512))
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
 def unpack(archive: str | Path, directory: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Extract the members whose name (without a leading "./") is wanted.
+    """Extract the files whose name (without a leading "./") is wanted, readable and writable for this user only.
 
     Nothing is written outside `directory`, whatever the archive says. Raises CheckpointError if the file is no tar, is
-    truncated, or holds members that would be.
+    truncated, holds what `tar_members` refuses, or needs more room than there is.
     """
-    with _readable(archive) as tar:
-        for member in tar:
-            if wanted(member.name.removeprefix("./")):
-                tar.extract(member, directory, filter="data")
+    directory = Path(directory)
+    with _readable(archive) as (stream, members):
+        chosen = [member for member in members if member.is_file and wanted(member.name)]
+        _check_room(archive, directory, sum(member.size for member in chosen))
+        for member in chosen:
+            file = directory / member.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with open(os.open(file, flags, 0o600), "wb") as opened:
+                _copy(stream, member, opened)
 
 
 def member_sizes(archive: str | Path) -> dict[str, int]:
     """Name (without a leading "./") and bytes of each file. Raises CheckpointError as `unpack` does."""
-    with _readable(archive) as tar:
-        return {member.name.removeprefix("./"): member.size for member in tar if member.isfile()}
+    with _readable(archive) as (_, members):
+        return {member.name: member.size for member in members if member.is_file}
+
+
+def _copy(stream: BinaryIO, member: Member, target: BinaryIO) -> None:
+    stream.seek(member.offset)
+    left = member.size
+    while left:
+        piece = stream.read(min(left, _PIECE))
+        if not piece:
+            raise TruncatedArchiveError("it ends too early")
+        target.write(piece)
+        left -= len(piece)
+
+
+def _check_room(archive: str | Path, directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise CheckpointError(
+            f"{archive} cannot be unpacked ({needed / 2**30:.2f} GiB are needed, {directory.parent} has "
+            f"{free / 2**30:.2f} GiB): make room, set TMPDIR to where there is room, or unpack it yourself and give "
+            "the directory."
+        )
 
 
 @contextmanager
-def _readable(archive: str | Path) -> Iterator[tarfile.TarFile]:
+def _decompressed(path: str | Path) -> Iterator[BinaryIO]:
+    with open(path, "rb") as file:
+        if file.read(2) == _GZIP:
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) as stream:
+                yield stream
+        else:
+            file.seek(0)
+            yield file
+
+
+@contextmanager
+def _readable(archive: str | Path) -> Iterator[tuple[BinaryIO, list[Member]]]:
     try:
-        with tarfile.open(archive, "r:*") as tar:
-            yield tar
-    except tarfile.FilterError as error:
+        most_bytes = max(MOST_EXPANSION * os.stat(archive).st_size, ALWAYS_ALLOWED)
+        with _decompressed(archive) as stream:
+            yield stream, read_members(stream, most_bytes)
+    except UnsafeMemberError as error:
         raise CheckpointError(f"{archive} holds an unsafe member and is not opened: {error}.") from None
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (TruncatedArchiveError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise CheckpointError(
                 f"{archive} cannot be unpacked ({error.strerror}): make room, set TMPDIR to where there is room, or "

@@ -6,7 +6,6 @@ used. The weights of an archive are unpacked when they are asked for.
 
 from __future__ import annotations
 
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from nemo_spin.checkpoint import huggingface_source, megatron_source, nemo1_source, nemo2_source, nemo_archive
 from nemo_spin.checkpoint.megatron_directory import find_iteration
-from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.checkpoint.source import CheckpointSource, understood
 from nemo_spin.errors import CheckpointError
 
 _EXPECTED = (
@@ -31,14 +30,18 @@ def open_checkpoint(path: str | Path) -> Iterator[CheckpointSource]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        yield _open_directory(path)
+        with understood(path):
+            source = _open_directory(path)
+        yield source
         return
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint at {path}: {_EXPECTED}.")
-    if not tarfile.is_tarfile(path):
+    if not path.is_file() or not nemo_archive.is_archive(path):
         raise CheckpointError(f"{path} is no checkpoint: it is not a tar archive; {_EXPECTED}.")
     with tempfile.TemporaryDirectory(prefix="nemo_spin_") as scratch:
-        yield nemo1_source.open_archive(path, Path(scratch))
+        with understood(path):
+            source = nemo1_source.open_archive(path, Path(scratch))
+        yield source
 
 
 def _open_directory(path: Path) -> CheckpointSource:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ class CheckpointSource:
         vocab_size: number of ids of the tokenizer, which counts where the configuration gives no vocab_size.
         Raises CheckpointError for what is not supported, and where configuration and tensors contradict each other.
         """
-        architecture = self._architecture(vocab_size)
+        with understood(self.path):
+            architecture = self._architecture(vocab_size)
         check_against(self.tensors, architecture, str(self.path))
         return architecture
 
@@ -73,6 +75,19 @@ class CheckpointSource:
             self._store = self._store_in(_once_per_machine(self._unpack))
             self._unpack = None
         return self._store
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Turns what a description of the wrong kind leads to, a list for a number for example, into a CheckpointError."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} cannot be understood ({type(error).__name__}: {reason}): its description is damaged, or not as "
+            "the program that it names writes it; use another checkpoint."
+        ) from error
 
 
 def layout_in(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -7,13 +7,15 @@ be stored one by one, as readers here see them in any case.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, Region, StoredTensor
 from nemo_spin.errors import CheckpointError
 
+# The largest models have some hundred.
+MOST_LAYERS = 10_000
 # Where no prefix tells weights from optimizer and random states.
 _WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
@@ -45,10 +47,14 @@ class StackedStore(ABC):
 
     def _add(self, key: str, name: str, array: StoredTensor) -> None:
         within = name.removeprefix(LAYERS)
-        if not name.startswith(LAYERS) or within[0].isdigit() or not array.shape:
+        if not name.startswith(LAYERS) or within[:1].isdigit() or not array.shape:
             self.tensors[name] = array
             self._places[name] = (key, None)
             return
+        if array.shape[0] > MOST_LAYERS:
+            raise CheckpointError(
+                f"{self.origin} describes {array.shape[0]} layers of {name}: more than {MOST_LAYERS} are not read."
+            )
         for layer in range(array.shape[0]):
             self.tensors[f"{LAYERS}{layer}.{within}"] = StoredTensor(array.shape[1:], array.dtype)
             self._places[f"{LAYERS}{layer}.{within}"] = (key, layer)
@@ -64,6 +70,16 @@ class StackedStore(ABC):
     @abstractmethod
     def _read(self, key: str, region: Region) -> Tensor:
         """A region of the array of this full name."""
+
+
+def check_volume(tensors: Iterable[StoredTensor], held: int, origin: str) -> None:
+    """Raises CheckpointError if the weights need more bytes than are `held`: room is made for what is described."""
+    described = sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
+    if described > held:
+        raise CheckpointError(
+            f"{origin} contradicts itself: it describes {described} bytes of weights, but its files hold {held}; copy "
+            "it again or use another checkpoint."
+        )
 
 
 def _is_extra_state(name: str) -> bool:

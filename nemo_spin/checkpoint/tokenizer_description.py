@@ -14,6 +14,9 @@ from typing import Any
 from nemo_spin.errors import CheckpointError, ConfigError
 
 _TIKTOKEN_OPTIONS = ("encoding_name", "num_special_tokens", "pattern", "vocab_size")
+_TEXT_OPTIONS = ("encoding_name", "pattern")
+# The largest vocabularies have some 300,000.
+_MOST_IDS = 10_000_000
 _LIBRARY_OF = {".model": "sentencepiece", ".json": "tiktoken"}
 OVERRIDE_HINT = (
     "give one that is at hand, for example model.tokenizer.type=/path/to/huggingface_tokenizer_directory to training, "
@@ -44,6 +47,26 @@ class TokenizerDescription:
     use_fast: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raises CheckpointError for what is of another kind than above: a forged configuration may say anything."""
+        for name, kind in (("library", str), ("source", str | None), ("chat_template", str | None)):
+            _check(isinstance(getattr(self, name), kind), self.origin, name)
+        tokens = self.special_tokens
+        flat = [*tokens.values(), *tokens] if isinstance(tokens, Mapping) else tokens
+        _check(isinstance(flat, list) and all(map(_is_token, flat)), self.origin, "special_tokens")
+        for name, value in self.options.items():
+            whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_IDS
+            _check(whole or (name in _TEXT_OPTIONS and isinstance(value, str)), self.origin, name)
+
+
+def _check(is_so: bool, origin: str, name: str) -> None:
+    if not is_so:
+        raise CheckpointError(f"{origin} describes a tokenizer whose {name} is of the wrong kind: {OVERRIDE_HINT}.")
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(token, str) for token in value))
+
 
 def from_nemo1(config: Mapping[str, Any], origin: str) -> TokenizerDescription:
     """From the `tokenizer` node of a model_config.yaml.
@@ -53,13 +76,13 @@ def from_nemo1(config: Mapping[str, Any], origin: str) -> TokenizerDescription:
     node = config.get("tokenizer")
     if not isinstance(node, Mapping) or not node.get("library"):
         raise CheckpointError(f"{origin} has no tokenizer.library: {OVERRIDE_HINT}.")
-    library, kind = node["library"], node.get("type")
+    library, kind = str(node["library"]), node.get("type")
     model = node.get("model") or node.get("tokenizer_model")
     if library == "megatron" and kind == "GPTSentencePieceTokenizer":
         library = "sentencepiece"
     sources = {"sentencepiece": model, "tiktoken": node.get("vocab_file") or model}
-    special_tokens = node.get("special_tokens") or {}
-    additional = list(node.get("additional_special_tokens") or [])
+    special_tokens = _given(node.get("special_tokens"))
+    additional = _listed(node.get("additional_special_tokens"))
     if additional:
         special_tokens = [*_values(special_tokens), *additional]
     template = node.get("chat_template")
@@ -77,6 +100,17 @@ def from_nemo1(config: Mapping[str, Any], origin: str) -> TokenizerDescription:
 
 def _tiktoken_options(node: Mapping[str, Any]) -> dict[str, Any]:
     return {key: node[key] for key in _TIKTOKEN_OPTIONS if node.get(key) is not None}
+
+
+def _given(special_tokens: Any) -> Any:
+    """Without the roles that are left to the tokenizer."""
+    if isinstance(special_tokens, Mapping):
+        return {role: token for role, token in special_tokens.items() if token is not None}
+    return special_tokens or {}
+
+
+def _listed(tokens: Any) -> list[Any]:
+    return list(tokens) if isinstance(tokens, (list, tuple)) else []
 
 
 def _values(special_tokens: Mapping[str, str] | list[str]) -> list[str]:
@@ -97,14 +131,14 @@ def from_nemo2(node: Any, origin: str) -> TokenizerDescription | None:
         special_tokens: dict[str, str] | list[str] = {
             role: node[role] for role in HF_ROLES if isinstance(node.get(role), str)
         }
-        if additional := list(node.get("additional_special_tokens") or []):
+        if additional := _listed(node.get("additional_special_tokens")):
             special_tokens = special_tokens | {"additional_special_tokens": additional}
         return TokenizerDescription(
             library="huggingface",
             source=node.get("pretrained_model_name"),
             origin=origin,
             special_tokens=special_tokens,
-            chat_template=node.get("chat_template"),
+            chat_template=node["chat_template"] if isinstance(node.get("chat_template"), str) else None,
             use_fast=bool(node.get("use_fast", True)),
         )
     if target == "SentencePieceTokenizer":
@@ -113,7 +147,7 @@ def from_nemo2(node: Any, origin: str) -> TokenizerDescription | None:
             source=node.get("model_path"),
             origin=origin,
             legacy=bool(node.get("legacy", False)),
-            special_tokens=node.get("special_tokens") or {},
+            special_tokens=_given(node.get("special_tokens")),
         )
     if target == "TiktokenTokenizer":
         return TokenizerDescription(

@@ -38,7 +38,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from nemo_spin.checkpoint.extra_state import empty_extra_state, extra_state_keys
 from nemo_spin.checkpoint.metadata_pickle import read_metadata
-from nemo_spin.checkpoint.stacked import StackedStore
+from nemo_spin.checkpoint.plain_data import read_json
+from nemo_spin.checkpoint.stacked import StackedStore, check_volume
+from nemo_spin.checkpoint.torch_piece import check_piece
 from nemo_spin.checkpoint.weight_store import LAYERS, Region, StoredTensor, WeightStore
 from nemo_spin.errors import CheckpointError, UserError
 
@@ -71,14 +73,16 @@ class TorchDistStore(StackedStore):
             if isinstance(entry, TensorStorageMetadata)
         }
         super().__init__(arrays, prefix, origin)
-        self._reader = dcp.FileSystemReader(directory)
+        check_volume(self.tensors.values(), sum(sizes.values()), origin)
+        self._reader = _Reader(directory)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def _read(self, key: str, region: Region) -> Tensor:
         entry = self._metadata.state_dict_metadata[key]
         offsets, sizes = [part.start for part in region], [part.stop - part.start for part in region]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        # Not empty: pieces that overlap leave gaps, which are not to show what this process had in memory before.
+        target = torch.zeros(sizes, dtype=entry.properties.dtype)
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         if sum(math.prod(item.lengths) for item in items) < target.numel():
             raise CheckpointError(f"{self.origin} is incomplete: not all of {key} is stored in it; copy it again.")
@@ -91,6 +95,14 @@ class TorchDistStore(StackedStore):
                 "checkpoint."
             ) from error
         return target
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, which looks at each piece before torch.load does."""
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        check_piece(file, sinfo.offset, sinfo.length)
+        return super()._slice_file(file, sinfo)
 
 
 class _Into(dcp.DefaultLoadPlanner):
@@ -128,7 +140,7 @@ def check_backend(directory: Path, origin: str) -> None:
 def read_backend(directory: Path, origin: str) -> str:
     """Which of megatron-core's formats metadata.json names. Raises CheckpointError."""
     try:
-        return json.loads((directory / "metadata.json").read_text())["sharded_backend"]
+        return str(read_json(directory / "metadata.json")["sharded_backend"])
     except FileNotFoundError:
         raise CheckpointError(
             f"{origin} is incomplete: {directory.name}/metadata.json is missing; copy it again or use another "

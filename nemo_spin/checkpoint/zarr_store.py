@@ -7,7 +7,6 @@ layout any more.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_spin.checkpoint.stacked import StackedStore
+from nemo_spin.checkpoint.nemo_archive import MOST_EXPANSION
+from nemo_spin.checkpoint.plain_data import read_json
+from nemo_spin.checkpoint.stacked import StackedStore, check_volume
 from nemo_spin.checkpoint.weight_store import Region, StoredTensor
 from nemo_spin.errors import CheckpointError
 
@@ -47,6 +48,7 @@ class ZarrStore(StackedStore):
         if sizes is None:
             found = (file for file in directory.rglob("*") if file.is_file())
             sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in found}
+        check_volume(self.tensors.values(), MOST_EXPANSION * sum(sizes.values()), origin)
         for name in sorted({key for key, _ in self._places.values()}):
             _check_chunks(name, described[name], sizes, f"{origin} is incomplete: {directory.name}")
 
@@ -84,14 +86,16 @@ def _require_tensorstore(origin: str) -> None:
 
 def _describe(file: Path, origin: str) -> dict[str, Any]:
     try:
-        node = json.loads(file.read_text())
+        node = read_json(file)
         shape, chunks, dtype = node["shape"], node["chunks"], node["dtype"]
         whole = all(type(n) is int and n > 0 for n in [*shape, *chunks]) and len(shape) == len(chunks)
-    except (ValueError, KeyError, TypeError):
+        # A chunk is read as a whole.
+        whole = whole and all(chunk <= size for size, chunk in zip(shape, chunks, strict=True))
+    except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         raise CheckpointError(f"{origin} is damaged: {file.parent.name}/.zarray does not describe an array.")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(
             f"{origin} stores {file.parent.name} as {dtype}, which is not supported: re-save it in bf16 or fp32."
         )

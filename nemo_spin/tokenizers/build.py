@@ -62,13 +62,18 @@ def check_tokenizer_fits(tokenizer: Any, vocab_rows: int, origin: str) -> None:
 
 def local_path(description: TokenizerDescription, places: Sequence[Path]) -> Path | None:
     """The file or directory that the description names, if it is in one of the places or elsewhere on this machine."""
-    source = (description.source or "").removeprefix("nemo:")
-    if not source:
+    source = Path((description.source or "").removeprefix("nemo:"))
+    if not source.name:
         return None
-    found = [path for place in places for name in (source, Path(source).name) if _is_tokenizer(path := place / name)]
-    elsewhere = Path(source).expanduser()
-    if not (description.source or "").startswith("nemo:") and elsewhere.exists():
-        found.append(elsewhere)
+    # A path that leads out of the checkpoint's files is not theirs: of it only the name counts there.
+    inside = [] if source.is_absolute() or ".." in source.parts else [source]
+    try:
+        found = [path for place in places for name in (*inside, source.name) if _is_tokenizer(path := place / name)]
+        elsewhere = source.expanduser()
+        if not (description.source or "").startswith("nemo:") and elsewhere.exists():
+            found.append(elsewhere)
+    except (OSError, ValueError, RuntimeError):  # no name that a file can have
+        return None
     return found[0] if found else None
 
 

@@ -8,25 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
 from nemo_spin.checkpoint.tokenizer_description import HF_ROLES, OVERRIDE_HINT, TokenizerDescription
 from nemo_spin.errors import CheckpointError
 from nemo_spin.tokenizers.base import NeMoTokenizer, one_line
+from nemo_spin.tokenizers.own_files import MODEL_CONFIG, PATTERNS, as_directory, read_own_files
 
-# What a tokenizer may consist of; other files beside it (weights, model cards) are not its own.
-_FILES = (
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "spiece.model",
-    "sentencepiece*.model",
-)
 _NEMO2_TARGET = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
+_ADDITIONAL = "additional_special_tokens"
 
 
 class HuggingFaceTokenizer(NeMoTokenizer):
@@ -103,7 +93,10 @@ class HuggingFaceTokenizer(NeMoTokenizer):
 
 
 def build(description: TokenizerDescription, local: Path | None) -> HuggingFaceTokenizer:
-    """local: the directory on this machine; None to look the name up in the hub's cache. Raises CheckpointError."""
+    """local: the directory on this machine; None to look the name up in the hub's cache, and on the hub.
+
+    Raises CheckpointError.
+    """
     source = str(local or description.source or "")
     if local is None and (not source or source.startswith(("nemo:", "/", ".", "~"))):
         raise CheckpointError(
@@ -111,42 +104,49 @@ def build(description: TokenizerDescription, local: Path | None) -> HuggingFaceT
         )
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    special_tokens = description.special_tokens
-    if isinstance(special_tokens, list):
-        special_tokens = {"additional_special_tokens": special_tokens}
+    special_tokens = _special_tokens(description)
     try:
-        if local is None:
-            _find_by_name(source)
-        tokenizer = AutoTokenizer(
-            source,
-            use_fast=description.use_fast,
-            trust_remote_code=False,
-            chat_template=description.chat_template,
-            **special_tokens,
-        )
+        directory = local or _from_hub(source)
+        files = read_own_files(directory)
+        with as_directory(files, directory) as own:
+            tokenizer = AutoTokenizer(
+                str(own),
+                use_fast=description.use_fast,
+                trust_remote_code=False,
+                chat_template=description.chat_template,
+                **special_tokens,
+            )
     except Exception as error:
         only_named = "" if local else ", which is given by name only and is not in the local cache,"
         raise CheckpointError(
             f"The Hugging Face tokenizer {source} of {description.origin}{only_named} cannot be loaded "
             f"({one_line(error)[:200]}): {OVERRIDE_HINT}."
         ) from None
-    return HuggingFaceTokenizer(tokenizer, description, _files(tokenizer, local))
+    return HuggingFaceTokenizer(tokenizer, description, files)
 
 
-def _find_by_name(name: str) -> None:
-    """Raises an error if a tokenizer is neither in the hub's cache nor on the hub.
+def _special_tokens(description: TokenizerDescription) -> dict[str, Any]:
+    """As keywords of NeMo's AutoTokenizer, which has others beside them: files to read, whether to run code."""
+    given = description.special_tokens
+    special_tokens = {_ADDITIONAL: given} if isinstance(given, list) else given
+    if others := special_tokens.keys() - {*HF_ROLES, _ADDITIONAL}:
+        raise CheckpointError(
+            f"{description.origin} names the special token {min(others)}, which no Hugging Face tokenizer has: known "
+            f"are {', '.join(HF_ROLES)} and {_ADDITIONAL}."
+        )
+    return special_tokens
 
-    Asked once: without a network, NeMo and transformers ask for minutes.
+
+def _from_hub(name: str) -> Path:
+    """Where in the hub's cache the files of a tokenizer are, fetched if need be. Raises an error if there are none.
+
+    The hub is asked once: without a network, transformers asks for minutes.
     """
-    if not isinstance(try_to_load_from_cache(name, "tokenizer_config.json"), str):
-        HfApi().model_info(name, timeout=10)
-
-
-def _files(tokenizer: Any, local: Path | None) -> dict[str, bytes]:
-    if local is not None and local.is_dir():
-        found = {path for pattern in _FILES for path in local.glob(pattern) if path.is_file()}
-        return {path.name: path.read_bytes() for path in sorted(found)}
-    return _saved_files(tokenizer)
+    cached = try_to_load_from_cache(name, "tokenizer_config.json")
+    if isinstance(cached, str) and len(read_own_files(Path(cached).parent)) > 1:
+        return Path(cached).parent
+    HfApi().model_info(name, timeout=10)
+    return Path(snapshot_download(name, allow_patterns=[*PATTERNS, MODEL_CONFIG], etag_timeout=10))
 
 
 def _saved_files(tokenizer: Any) -> dict[str, bytes]:

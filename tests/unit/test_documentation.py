@@ -14,7 +14,7 @@ import pytest
 from nemo_spin.cli import COMMANDS, _parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 VARIABLES = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
 
 

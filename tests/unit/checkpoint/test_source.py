@@ -66,7 +66,7 @@ def write_metadata(directory: Path, architecture: Architecture, prefix: str = "m
     directory.mkdir(parents=True, exist_ok=True)
     storage = {MetadataIndex(key): _StorageInfo(SHARD, 0, 4096) for key in entries}
     (directory / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=storage)))
-    (directory / SHARD).write_bytes(bytes(4096))
+    (directory / SHARD).write_bytes(bytes(2**20))
     (directory / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
 
 
