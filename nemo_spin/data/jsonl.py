@@ -12,7 +12,7 @@ from reprlib import repr as shortened
 from typing import Any, BinaryIO
 
 from nemo_spin.data.compressed import DAMAGE, decompressed
-from nemo_spin.errors import DataError
+from nemo_spin.errors import DataError, one_line
 
 # Told about a record that cannot be read: where it is, and the error.
 BadRecord = Callable[[str, DataError], None]
@@ -55,7 +55,7 @@ def read_jsonl(path: str | PathLike[str], on_bad: BadRecord | None = None) -> It
 
 
 def check_is_file(path: str | PathLike[str]) -> None:
-    """Raise DataError for what is neither a file nor a directory, such as a pipe: it could be read once, or for ever."""
+    """Raise DataError for what is neither a file nor a directory, such as a pipe: it may be read once, or for ever."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -79,8 +79,9 @@ def _reported(reader: BinaryIO, path: str | PathLike[str], compression: str | No
         if compression is None:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"data file {path} cannot be read ({reason}): check the disk") from error
-        reason = " ".join(str(error).split()) or "it takes more memory than there is"
-        raise DataError(f"data file {path} is damaged ({compression}: {reason}): copy or compress it again") from None
+        raise DataError(
+            f"data file {path} is damaged ({compression}: {one_line(error)}): copy or compress it again"
+        ) from None
 
 
 def _limited(reader: BinaryIO) -> Iterator[bytes]:

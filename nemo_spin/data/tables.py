@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from nemo_spin.data.jsonl import MAX_RECORD_BYTES, BadRecord, check_is_file
-from nemo_spin.errors import DataError
+from nemo_spin.errors import DataError, one_line
 
 # (where it is, the record)
 Rows = Iterator[tuple[str, dict[str, Any]]]
@@ -52,7 +52,7 @@ def _parquet_batches(path: str | PathLike[str]) -> Iterator[pa.RecordBatch]:
         with ParquetFile(path) as file:
             yield from file.iter_batches(batch_size=_ROWS_AT_ONCE)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise DataError(f"data file {path} is damaged (parquet: {_one_line(error)}): write it again") from None
+        raise DataError(f"data file {path} is damaged (parquet: {one_line(error)}): write it again") from None
 
 
 def _saved_batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -73,7 +73,7 @@ def _saved_batches(path: Path) -> Iterator[pa.RecordBatch]:
                     batch.validate(full=True)  # Arrow would follow a wrong offset out of the file
                     yield batch
     except (pa.ArrowException, OSError, ValueError, RecursionError, MemoryError) as error:
-        raise DataError(f"the data set in {path} is damaged ({_one_line(error)}): save it again") from None
+        raise DataError(f"the data set in {path} is damaged ({one_line(error)}): save it again") from None
 
 
 def _file_names(state: Path) -> list[str]:
@@ -132,10 +132,6 @@ def _record(row: pa.RecordBatch, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: a text is not UTF-8: write the file again") from None
     except _NO_VALUE as error:
         raise DataError(
-            f"{where}: a value cannot be read ({_one_line(error)}): correct it, or leave out its column"
+            f"{where}: a value cannot be read ({one_line(error)}): correct it, or leave out its column"
         ) from None
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

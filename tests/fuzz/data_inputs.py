@@ -49,7 +49,9 @@ _ODD_NUMBER = st.sampled_from(
 _LEAF = st.none() | st.booleans() | st.integers() | _ODD_NUMBER | _ODD_TEXT
 ANY_VALUE = st.recursive(
     _LEAF,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_ODD_TEXT | st.sampled_from(["role"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(_ODD_TEXT | st.sampled_from(["role"]), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 

@@ -6,6 +6,7 @@ A check says what became of an input, in a word such as "read" or "refused"; tha
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -47,7 +48,7 @@ class Fuzz:
         self._seconds = seconds
 
     def __call__(self, inputs: SearchStrategy[Any], check: Callable[[Any], str], number: int) -> Tally:
-        """Try `number` inputs, or as many as there is time for. Raises what `check` raises of the smallest such input."""
+        """Try `number` inputs, or as many as there is time for. Raises what `check` raises of the smallest input."""
 
         def try_one(value: Any) -> None:
             self.tally.tried += 1
@@ -67,6 +68,14 @@ class Fuzz:
         return self.tally
 
 
+def check_sentence(error: Exception, *names: str) -> None:
+    """A refusal is one sentence that a terminal shows as it is, and has these names in it."""
+    sentence = str(error)
+    assert not re.search(r"[\x00-\x1f\x7f]", sentence) and len(sentence) < 2000, sentence
+    assert all(name in sentence for name in names), sentence
+    sentence.encode()
+
+
 def _with_settings(
     inputs: SearchStrategy[Any], check: Callable[[Any], None], number: int, derandomize: bool
 ) -> Callable[[], None]:
@@ -79,6 +88,7 @@ def _with_settings(
         phases=[Phase.generate, Phase.target, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         print_blob=False,
+        report_multiple_bugs=False,
     )(given(inputs)(check))
 
 
