@@ -22,8 +22,8 @@ from nemo_spin.errors import UserError
 TOKENIZER = BytesTokenizer()
 OPTIONS = st.fixed_dictionaries(
     {
-        "max_seq_length": st.sampled_from([2, 10, 40, 10_000, 2**31 - 1]),
-        "on_bad_record": st.sampled_from(["error", "skip"]),
+        "max_seq_length": st.sampled_from([2, 40, 100, 10_000, 2**31 - 1, 2**31 - 1]),
+        "on_bad_record": st.sampled_from(["error", "skip", "skip"]),
         "overlong": st.sampled_from(["refuse", "drop", "truncate"]),
         "truncation_field": st.just("input"),
         "truncation_method": st.sampled_from(["left", "right"]),
@@ -44,7 +44,7 @@ def written(file: DataFile) -> Iterator[tuple[Path, Path]]:
 
 def test_data_files(fuzz: Fuzz) -> None:
     tally = fuzz(st.tuples(data_files(), OPTIONS), lambda given: check_data(*given), number=300)
-    assert tally.outcomes["read"] > 0.1 * tally.tried and tally.outcomes["refused"] > 0.1 * tally.tried
+    assert tally.outcomes["read"] > 0.03 * tally.tried and tally.outcomes["refused"] > 0.03 * tally.tried
 
 
 def check_data(file: DataFile, options: dict[str, Any]) -> str:

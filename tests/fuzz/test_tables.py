@@ -48,7 +48,7 @@ DAMAGE = st.tuples(
 
 def test_compressed_files(fuzz: Fuzz) -> None:
     tally = fuzz(DAMAGE, lambda damage: check_compressed(*damage), number=300)
-    assert tally.outcomes["read"] > 0.1 * tally.tried and tally.outcomes["refused"] > 0.1 * tally.tried
+    assert tally.outcomes["read"] > 0.03 * tally.tried and tally.outcomes["refused"] > 0.03 * tally.tried
 
 
 def check_compressed(suffix: str, streams: int, damage: str, at: int, more: bytes) -> str:
