@@ -1,6 +1,7 @@
 # make quickstart   an environment, a small SFT model, and SPIN on it (DEVICES, TP, PP change the layout)
 # make test         an environment, lint, all tests (PYTHON=python3.12 for the other supported stack)
 # make check-nemo   NeMo 2 and NeMo 1 themselves read what is written here (downloads some GB the first time)
+# make fuzz         malformed data and configurations for MINUTES, and a table of what became of them
 # make bench        speed and memory, side by side with transformers
 # make clean        remove the environments and what tools leave behind
 #
@@ -13,6 +14,7 @@ PIP_ARGS ?=
 DEVICES ?= 2
 TP ?= 2
 PP ?= 1
+MINUTES ?= 10
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
@@ -20,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: quickstart test check-nemo bench clean
+.PHONY: quickstart test check-nemo fuzz bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py --devices $(DEVICES) --tp $(TP) --pp $(PP)
@@ -32,6 +34,9 @@ test: $(INSTALLED)
 
 check-nemo: $(INSTALLED)
 	$(BIN)/python tests/compat/check_with_nemo.py --pip-args="$(PIP_ARGS)" $(CHECK_ARGS)
+
+fuzz: $(INSTALLED)
+	NEMO_SPIN_FUZZ_MINUTES=$(MINUTES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py
@@ -47,5 +52,5 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-3.* build dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-3.* build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemo_spin.config import addable_overrides, config_dir, resolved, with_defaults, with_shipped_configurations
+from nemo_spin.config.composing import composing
 from nemo_spin.config.parse import parse_known
 from nemo_spin.config.review import (
     NO_EFFECT,
@@ -85,18 +84,14 @@ def review_config(path: Path, overrides: Sequence[str] = ()) -> ConfigReview:
 
 def _composed(path: Path, overrides: Sequence[str]) -> DictConfig:
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
 
     if not path.is_file() or path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{path} is not a YAML file: name one.")
-    try:
-        with initialize_config_dir(str(path.resolve().parent), version_base="1.1"):
-            return compose(
-                path.name if path.suffix == ".yml" else path.stem,
-                with_shipped_configurations(addable_overrides(overrides)),
-            )
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    with composing(str(path)), initialize_config_dir(str(path.resolve().parent), version_base="1.1"):
+        return compose(
+            path.name if path.suffix == ".yml" else path.stem,
+            with_shipped_configurations(addable_overrides(overrides)),
+        )
 
 
 def _resolved_as_far_as_possible(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:

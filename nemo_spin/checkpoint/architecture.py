@@ -122,7 +122,7 @@ def transformer_fields(
         "add_qkv_bias": bool(add_qkv_bias),
         "qk_layernorm": bool(qk_layernorm),
         "rotary_interleaved": bool(rotary_interleaved),
-        "softmax_scale": softmax_scale,
+        "softmax_scale": None if softmax_scale is None else float(softmax_scale),
     }
 
 

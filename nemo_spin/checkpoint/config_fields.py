@@ -19,6 +19,7 @@ from nemo_spin.checkpoint.architecture import (
     squared_relu,
     transformer_fields,
 )
+from nemo_spin.checkpoint.field_types import check_field_types
 from nemo_spin.checkpoint.supported import refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
@@ -70,6 +71,7 @@ def architecture_from_fields(
     for name in _REQUIRED:
         if config.get(name) is None:
             raise CheckpointError(f"{where} has no {section}{name}: it is not the whole configuration of a GPT.")
+    check_field_types(config, where)
     refuse_unsupported(config, _USED, where)
     if config.get("transformer_layer_spec"):
         spec = target_of(config["transformer_layer_spec"])
@@ -109,8 +111,8 @@ def architecture_from_fields(
         vocab_size=min(config.get("vocab_size") or vocab_size or rows, rows),
         max_sequence_length=length,
         position_embedding_type=position,
-        rotary_percent=float(config.get("rotary_percent", 1.0)),
-        rotary_base=float(config.get("rotary_base", 10000)),
+        rotary_percent=float(config.get("rotary_percent") or 1.0),
+        rotary_base=float(config.get("rotary_base") or 10000),
         rope_scaling=rope_scaling,
         rope_scaling_factor=rope_scaling_factor,
         seq_len_interpolation_factor=float(interpolation) if interpolation else None,
@@ -139,7 +141,7 @@ def _one_of(config: Mapping[str, Any], name: str, known: tuple[str, ...], where:
 def _activation(node: Any, where: str) -> Callable[[Tensor], Tensor]:
     name = target_of(node)
     package, function = name.split(".")[0], name.rsplit(".", 1)[-1]
-    bound = {key: node[key] for key in node if not key.startswith("_")} if isinstance(node, Mapping) else {}
+    bound = {key: node[key] for key in node if not str(key).startswith("_")} if isinstance(node, Mapping) else {}
     if package in ("torch", "nemo", "megatron") and function in ACTIVATIONS:
         if not bound:
             return ACTIVATIONS[function]

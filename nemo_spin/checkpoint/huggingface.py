@@ -145,6 +145,8 @@ def architecture_from_huggingface(config: Mapping[str, Any], where: str) -> Arch
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:
     classes = config.get("architectures") or []
+    if not isinstance(classes, list):
+        raise CheckpointError(f"{where} says architectures: {ascii(classes)[:80]}, which is no list of classes.")
     if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
         raise CheckpointError(
             f"{where} says architectures: {', '.join(map(str, classes))}, which is no causal language model: give one "

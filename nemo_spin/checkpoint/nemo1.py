@@ -18,6 +18,7 @@ from nemo_spin.checkpoint.architecture import (
     squared_relu,
     transformer_fields,
 )
+from nemo_spin.checkpoint.field_types import check_field_types
 from nemo_spin.checkpoint.supported import is_transformer_field, refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
@@ -82,6 +83,7 @@ def architecture_from_nemo1(
     vocab_size: number of ids of the tokenizer; used when the configuration gives none, None for all stored rows.
     where: names the configuration in messages. Raises CheckpointError for what cannot be represented.
     """
+    check_field_types(config, where)
     _refuse(config, where)
     activation = _get(config, "activation", "gelu")
     if activation not in ACTIVATIONS:

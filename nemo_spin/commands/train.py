@@ -39,11 +39,8 @@ def run_hydra(hydra_main: Callable[[], None], argv: list[str]) -> int:
 
     argv: the script's name and hydra's arguments; a relative --config-path is looked up in the working directory first.
     """
-    import yaml
-    from hydra.errors import HydraException
-
     from nemo_spin.config import addable_overrides, check_overrides, register_resolvers, with_shipped_configurations
-    from nemo_spin.errors import ConfigError
+    from nemo_spin.config.composing import composing
     from nemo_spin.launch import guarded
 
     def command() -> None:
@@ -53,13 +50,8 @@ def run_hydra(hydra_main: Callable[[], None], argv: list[str]) -> int:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")
         arguments = with_shipped_configurations(addable_overrides(_with_absolute_config_path(argv[1:])))
         sys.argv = [argv[0], *arguments]
-        try:
+        with composing("the configuration", until=run_training):
             hydra_main()
-        except HydraException as error:
-            override = getattr(error, "override", None)  # hydra does not always name it
-            raise ConfigError(f"override {override!r}: {error}" if override else str(error)) from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the configuration is not valid YAML: {error}") from error
 
     return guarded(command)
 

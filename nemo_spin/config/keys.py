@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_spin.config.translate import TRANSLATED
 from nemo_spin.config.unread import UNREAD
-from nemo_spin.config.values import in_words
+from nemo_spin.config.values import in_words, shown
 from nemo_spin.errors import ConfigError
 
 _DATASET = (
@@ -113,7 +113,7 @@ def _section(cfg: Mapping[str, Any], section: str) -> Mapping[str, Any]:
         if node is None:
             return {}
         if not isinstance(node, Mapping):
-            raise ConfigError(f"{path} = {node!r} must be a mapping of keys to values.", path)
+            raise ConfigError(f"{path} = {shown(node)} must be a mapping of keys to values.", path)
     return node
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_spin.config.keys import check_keys
 from nemo_spin.config.parse_data import parse_dataset, parse_tokenizer, parse_validation
+from nemo_spin.config.plain import check_plain
 from nemo_spin.config.schema import (
+    MAX_ITERATIONS,
     AlgorithmConfig,
     CheckpointConfig,
     GuardsConfig,
@@ -25,8 +30,8 @@ from nemo_spin.config.schema import (
     SpinConfig,
 )
 from nemo_spin.config.translate import translate
-from nemo_spin.config.values import Section
-from nemo_spin.errors import ConfigError
+from nemo_spin.config.values import Section, is_number, shown
+from nemo_spin.errors import ConfigError, one_line
 
 _PRECISIONS = {
     **dict.fromkeys(("32", "32-true", "fp32"), "32"),
@@ -43,11 +48,15 @@ _SCHEDULES = ("CosineAnnealing", "LinearAnnealing", "Constant")
 def register_resolvers() -> None:
     """Make `${int_div:a, b}` and `${multiply:a, b}` known to OmegaConf; of null both make null."""
     for name, function in {"int_div": operator.floordiv, "multiply": operator.mul}.items():
-        OmegaConf.register_new_resolver(name, _null_of_null(function), replace=True)
+        OmegaConf.register_new_resolver(name, partial(_of_numbers, name, function), replace=True)
 
 
-def _null_of_null(function: Callable[[int, int], int]) -> Callable[[int | None, int | None], int | None]:
-    return lambda a, b: None if a is None or b is None else function(a, b)
+def _of_numbers(name: str, function: Callable[[int, int], int], a: Any, b: Any) -> int | None:
+    if a is None or b is None:
+        return None
+    if not is_number(a) or not is_number(b):  # Python would multiply a text
+        raise ValueError(f"{name} needs two numbers, found {shown(a)} and {shown(b)}")
+    return function(a, b)
 
 
 def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
@@ -106,22 +115,51 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
 
 
 def with_defaults(cfg: Mapping[str, Any]) -> DictConfig:
-    """The configuration with the keys that NeMo-Aligner's refer to without having them."""
+    """The configuration with the keys that NeMo-Aligner's refer to without having them. Raises ConfigError."""
     absent = ("encoder_seq_length", "tensor_model_parallel_size", "pipeline_model_parallel_size")
-    return OmegaConf.merge({"model": dict.fromkeys(absent)}, OmegaConf.create(cfg))
+    if not isinstance(cfg, DictConfig):
+        if not isinstance(cfg, Mapping):
+            raise ConfigError(f"the configuration is {shown(cfg)}: it must be a mapping of keys to values.")
+        check_plain(cfg)
+    with _as_config_error():
+        given = OmegaConf.create(cfg)
+        if isinstance(given.get("model"), ListConfig):
+            raise ConfigError(f"model = {shown(list(given.model))} must be a mapping of keys to values.", "model")
+        return OmegaConf.merge({"model": dict.fromkeys(absent)}, given)
 
 
 def resolved(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as plain mappings, with what its interpolations come to. Raises ConfigError."""
+    """A configuration as plain mappings, with what its interpolations come to; see `plain`. Raises ConfigError."""
     register_resolvers()
+    complete = with_defaults(cfg)
+    with _as_config_error():
+        plain = OmegaConf.to_container(complete, resolve=True)
+    check_plain(plain)
+    return plain
+
+
+@contextmanager
+def _as_config_error() -> Iterator[None]:
+    """What OmegaConf raises, as a ConfigError."""
     try:
-        return OmegaConf.to_container(with_defaults(cfg), resolve=True)
+        yield
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
-        raise ConfigError(f"{key} cannot be resolved: {str(error).splitlines()[0]}", key) from error
+        reason = next(iter(str(error).splitlines()), "")  # the rest names key and value again
+        raise ConfigError(f"{key} cannot be resolved: {one_line(Exception(reason))}", key) from error
+    except RecursionError:
+        raise ConfigError("the configuration is nested too deeply, or refers to itself: flatten it.") from None
 
 
 def _check_experiment(section: Section) -> None:
+    """Types of what is handed on to NeMo's exp_manager."""
+    for key in ("explicit_log_dir", "exp_dir", "name"):
+        section.text(key, None)
+    for key in ("summary_writer_kwargs", "wandb_logger_kwargs", "mlflow_logger_kwargs"):
+        section.mapping(key)
+    for key in ("log_local_rank_0_only", "log_global_rank_0_only"):
+        section.flag(key, False)
+    section.strings("files_to_copy")
     for name in LOGGERS:
         section.flag(f"create_{name}_logger", False)
     for key in ("resume_if_exists", "resume_ignore_no_checkpoint"):
@@ -150,7 +188,7 @@ def _seconds(section: Section, key: str) -> float | None:
     if value is None:
         return None
     parts = str(value).split(":")
-    if len(parts) != 4 or not all(part.isdecimal() for part in parts) or not any(map(int, parts)):
+    if len(parts) != 4 or not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts) or not any(map(int, parts)):
         raise section.error(key, 'use DD:HH:MM:SS in quotes, such as "00:03:45:00" for 3 hours and 45 minutes')
     days, hours, minutes, seconds = map(int, parts)
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
@@ -161,7 +199,7 @@ def _loop(spin: Section, experiment: Section) -> LoopConfig:
     if max_steps == 0:
         raise spin.error("max_steps", "use -1 for no limit, or at least 1")
     return LoopConfig(
-        max_iterations=spin.integer("max_iterations", 3, minimum=1),
+        max_iterations=spin.integer("max_iterations", 3, minimum=1, maximum=MAX_ITERATIONS),
         max_epochs=spin.integer("max_epochs", 1, minimum=1),
         max_steps=max_steps,
         val_check_interval=spin.count_or_fraction("val_check_interval", 0, of="steps"),

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 from nemo_spin.data.conversations import ChatPromptTokens
 
+# More is a mistake, and would make lists of betas and learning rates that fill the memory.
+MAX_ITERATIONS = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class LoopConfig:
     """`trainer.spin`: how long the run is, and what happens when.
 
-    max_iterations: rounds of self-play, >= 1.
+    max_iterations: rounds of self-play, 1 to `MAX_ITERATIONS`.
     max_epochs: passes over the training data in each iteration, >= 1.
     max_steps: optimizer steps of the whole run, over all iterations; -1 for no limit.
     val_check_interval: optimizer steps (int) or fraction of an epoch (float in (0, 1]) between validations within an

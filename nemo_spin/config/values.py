@@ -11,6 +11,7 @@ from nemo_spin.errors import ConfigError, MissingKeyError
 
 MISSING = "???"  # hydra's mark of a value that has to be given
 _REQUIRED: Any = object()
+_SHOWN = 300  # characters of a value in a message
 
 
 class Section:
@@ -37,7 +38,7 @@ class Section:
 
     def error(self, key: str, what_to_do: str) -> ConfigError:
         path = self.path_of(key)
-        return ConfigError(f"{path} = {self._values.get(key)!r}: {what_to_do}.", path)
+        return ConfigError(f"{path} = {shown(self._values.get(key))}: {what_to_do}.", path)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
@@ -45,10 +46,11 @@ class Section:
             raise self.error(key, "use true or false")
         return value
 
-    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int) -> int:
+    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int, maximum: int | None = None) -> int:
         value = self.get(key, default)
-        if not _is_integer(value) or value < minimum:
-            raise self.error(key, f"use a whole number of at least {minimum}")
+        if not _is_integer(value) or value < minimum or (maximum is not None and value > maximum):
+            upto = "" if maximum is None else f" and at most {maximum}"
+            raise self.error(key, f"use a whole number of at least {minimum}{upto}")
         return value
 
     def optional_integer(self, key: str, *, minimum: int) -> int | None:
@@ -64,7 +66,7 @@ class Section:
         maximum: float = math.inf,
     ) -> float:
         value = self.get(key, default)
-        if not _is_number(value) or not (minimum <= value <= maximum and value > above):
+        if not is_number(value) or not (minimum <= value <= maximum and value > above):
             bounds = [f"at least {minimum:g}"] if minimum > -math.inf else []
             bounds += [f"above {above:g}"] if above > -math.inf else []
             bounds += [f"at most {maximum:g}"] if maximum < math.inf else []
@@ -77,15 +79,15 @@ class Section:
 
     def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
         value = self.get(key, default)
-        if isinstance(value, str) or not isinstance(value, Sequence) or not all(map(_is_number, value)):
+        if not _is_list(value) or not all(map(is_number, value)):
             raise self.error(key, "use a list of finite numbers")
         return tuple(map(float, value))
 
     def per_iteration(self, key: str, max_iterations: int) -> tuple[float, ...]:
         """A positive number for all iterations, or a list with one for each."""
         value = self.get(key, _REQUIRED)
-        numbers = self.numbers(key, ()) if not _is_scalar(value) else (value,) * max_iterations
-        if not all(_is_number(number) and number > 0 for number in numbers):
+        numbers = self.numbers(key, ()) if _is_list(value) else (value,) * max_iterations
+        if not all(is_number(number) and number > 0 for number in numbers):
             raise self.error(key, "use finite numbers above 0")
         if len(numbers) != max_iterations:
             raise self.error(
@@ -117,7 +119,7 @@ class Section:
 
     def paths(self, key: str) -> tuple[str, ...]:
         """One path, or a list of at least one."""
-        if not isinstance(self.get(key), Sequence) or isinstance(self.get(key), str):
+        if not _is_list(self.get(key)):
             return (self.path(key),)
         paths = self.strings(key)
         if not paths:
@@ -126,9 +128,15 @@ class Section:
 
     def strings(self, key: str) -> tuple[str, ...]:
         value = self.get(key, ())
-        if isinstance(value, str) or not isinstance(value, Sequence) or not all(_is_text(text) for text in value):
+        if not _is_list(value) or not all(_is_text(text) for text in value):
             raise self.error(key, "use a list of texts that are not empty")
         return tuple(value)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.error(key, "use a mapping of keys to values")
+        return value
 
     def choice(self, key: str, options: Sequence[str], default: str | None) -> Any:
         value = self.get(key, default)
@@ -145,14 +153,24 @@ class Section:
 
 def in_words(value: Any) -> str:
     """A value as it stands in YAML: true, null, [1, 2]."""
-    return value if isinstance(value, str) and value.isprintable() and value else json.dumps(value, default=str)
+    words = value if isinstance(value, str) and value.isprintable() and value else json.dumps(value, default=str)
+    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it in ASCII, cut where it is long."""
+    words = (
+        ascii(value) if not isinstance(value, int) or abs(value) < 2**63 else f"a number of {value.bit_length()} bits"
+    )
+    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is an int or a finite float, and no flag."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -160,5 +178,5 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_scalar(value: Any) -> bool:
-    return not isinstance(value, Sequence) or isinstance(value, str)
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -68,9 +68,11 @@ class ChatFormat:
 
     def _render(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool) -> str:
         try:
-            return self.tokenizer.render_chat(messages, add_generation_prompt)
+            text = self.tokenizer.render_chat(messages, add_generation_prompt)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+        # a template may use more of a message than its role and content
+        return text_of(text, "what the chat template makes of the messages", where)
 
     def _in_two(self, prompt: str, response: str, where: str) -> tuple[list[int], list[int]]:
         try:

@@ -104,6 +104,11 @@ class RecordEncoder:
         """
         kind = self.kind(record)
         encoded = self._encode(kind, record, where, max_length)
+        if not encoded.prompt_ids and encoded.cut:
+            raise DataError(
+                f"{where}: nothing is left of the prompt when it is cut to {max_length} tokens with its response: "
+                "raise max_seq_length, or shorten the response"
+            )
         if not encoded.prompt_ids:
             self._refuse_empty_prompt(kind, where)
         if not encoded.response_ids:

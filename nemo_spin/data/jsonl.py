@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
-import lzma
-import zlib
+import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
+from reprlib import repr as shortened
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-
-from nemo_spin.errors import DataError
+from nemo_spin.data.compressed import DAMAGE, decompressed
+from nemo_spin.errors import DataError, one_line
 
 # Told about a record that cannot be read: where it is, and the error.
 BadRecord = Callable[[str, DataError], None]
 
+# A record of more is no example that a model could take; without a limit a small compressed file could fill the memory.
+MAX_RECORD_BYTES = 2**26
+_CHUNK = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-def _open_zstd(file: BinaryIO) -> BinaryIO:
-    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file, mode="r"), "zstd"))
-
-
-# name -> (first bytes of a file, suffix, what reads it)
-_COMPRESSIONS: dict[str, tuple[bytes, str, Callable[[BinaryIO], BinaryIO]]] = {
-    "gzip": (b"\x1f\x8b", ".gz", lambda file: gzip.GzipFile(fileobj=file)),
-    "bzip2": (b"BZh", ".bz2", bz2.BZ2File),
-    "xz": (b"\xfd7zXZ\0", ".xz", lzma.LZMAFile),
-    "zstandard": (b"\x28\xb5\x2f\xfd", ".zst", _open_zstd),
-}
 _OTHER_KINDS = {b"PK\x03\x04": "a zip archive", b"ARROW1": "an Arrow file", b"\x93NUMPY": "a NumPy file"}
 
 
@@ -41,7 +28,7 @@ def read_jsonl(path: str | PathLike[str], on_bad: BadRecord | None = None) -> It
     """Yield (line number from 1, record) for every line that is not blank, reading lazily.
 
     The file may be compressed with gzip, bzip2, xz or zstandard, which its first bytes tell.
-    on_bad: called for a line that is not a JSON object in UTF-8, which is left out then.
+    on_bad: called for a line that is not a JSON object in UTF-8 of at most `MAX_RECORD_BYTES`, which is left out then.
 
     Raises DataError, naming `file:line`, for such a line when there is no `on_bad`, and for a file that is missing, not
     readable, or holds no line.
@@ -51,7 +38,7 @@ def read_jsonl(path: str | PathLike[str], on_bad: BadRecord | None = None) -> It
         for number, line in enumerate(lines, start=1):
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
-            if not line.strip():
+            if not line.strip() and len(line) <= MAX_RECORD_BYTES:
                 continue
             found = True
             where = f"{path}:{number}"
@@ -67,24 +54,46 @@ def read_jsonl(path: str | PathLike[str], on_bad: BadRecord | None = None) -> It
         raise DataError(f"data file {path} is empty: it needs one JSON object per line")
 
 
+def check_is_file(path: str | PathLike[str]) -> None:
+    """Raise DataError for what is neither a file nor a directory, such as a pipe: it may be read once, or for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says why it cannot be opened
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"data file {path} is not a file but a pipe or a device: write its content to a file")
+
+
 @contextmanager
 def _lines(path: str | PathLike[str]) -> Iterator[Iterator[bytes]]:
     """The file's lines. Errors of reading, which come while they are consumed, become DataErrors."""
     with _open(path) as file:
-        name, reader = _decompressed(file, path)
+        name, reader = _reader(file, path)
         yield _reported(reader, path, name)
 
 
 def _reported(reader: BinaryIO, path: str | PathLike[str], compression: str | None) -> Iterator[bytes]:
     try:
-        yield from reader
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        yield from _limited(reader)
+    except DAMAGE as error:
         if compression is None:
-            raise DataError(f"data file {path} cannot be read ({error.strerror}): check the disk") from error
-        raise DataError(f"data file {path} is damaged ({compression}: {error}): copy or compress it again") from None
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"data file {path} cannot be read ({reason}): check the disk") from error
+        raise DataError(
+            f"data file {path} is damaged ({compression}: {one_line(error)}): copy or compress it again"
+        ) from None
 
 
-def _decompressed(file: BinaryIO, path: str | PathLike[str]) -> tuple[str | None, BinaryIO]:
+def _limited(reader: BinaryIO) -> Iterator[bytes]:
+    """Lines with their line breaks; of one that is too long, a byte more than is allowed, and the rest is left out."""
+    while line := reader.readline(MAX_RECORD_BYTES + 1):
+        rest = line
+        while len(line) > MAX_RECORD_BYTES and rest and not rest.endswith(b"\n"):
+            rest = reader.readline(_CHUNK)
+        yield line
+
+
+def _reader(file: BinaryIO, path: str | PathLike[str]) -> tuple[str | None, BinaryIO]:
     try:
         head = file.read(8)
         file.seek(0)
@@ -93,15 +102,11 @@ def _decompressed(file: BinaryIO, path: str | PathLike[str]) -> tuple[str | None
     for magic, kind in _OTHER_KINDS.items():
         if head.startswith(magic):
             raise DataError(f"data file {path} is {kind}: give JSONL, compressed JSONL or parquet")
-    for name, (magic, suffix, reader) in _COMPRESSIONS.items():
-        if head.startswith(magic):
-            return name, reader(file)
-        if head and str(path).endswith(suffix):
-            raise DataError(f"data file {path} is not {name}, as its name says: compress it again, or rename it")
-    return None, file
+    return decompressed(file, head, path)
 
 
 def _open(path: str | PathLike[str]) -> BinaryIO:
+    check_is_file(path)
     try:
         return open(path, "rb")
     except FileNotFoundError:
@@ -116,15 +121,22 @@ def _open(path: str | PathLike[str]) -> BinaryIO:
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
+    if len(line) > MAX_RECORD_BYTES:
+        limit = f"{MAX_RECORD_BYTES // 2**20} MiB"
+        raise DataError(f"{where}: the line is longer than {limit}: write one record per line, each of at most {limit}")
     if b"\0" in line:
         raise DataError(f"{where}: the line holds NUL bytes; the file is damaged or not UTF-8: copy or export it again")
     try:
-        record = json.loads(line.rstrip().decode("utf-8"))
+        record = json.loads(line.rstrip().decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start + 1}: convert the file to UTF-8") from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where}: not valid JSON at column {error.pos + 1} ({error.msg}): write one JSON object per line"
+        ) from None
+    except _DuplicateKeyError as error:
+        raise DataError(
+            f"{where}: a key is there twice ({error}), and only one of its values could be used: remove the other"
         ) from None
     except RecursionError:
         raise DataError(f"{where}: JSON nested too deeply: remove or flatten that record") from None
@@ -133,3 +145,16 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(record).__name__}: write {{...}} on every line")
     return record
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; Python's parser would keep the last value of a key, and lose the others without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKeyError(shortened(next(key for key in keys if keys.count(key) > 1)))
+    return found

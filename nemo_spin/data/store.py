@@ -15,6 +15,7 @@ _IDS = pa.list_(pa.int32())
 _COLUMNS = ("prompt_ids", "response_ids", "rejected_ids")
 SCHEMA = pa.schema([(name, _IDS) for name in _COLUMNS])
 _ROWS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 2**24  # Arrow's offsets have 32 bits
 
 
 class _Column:
@@ -47,7 +48,8 @@ class ExampleWriter:
         """rejected_ids: None for none."""
         for column, ids in zip(self._columns, (prompt_ids, response_ids, rejected_ids), strict=True):
             column.append(ids)
-        if len(self._columns[0].missing) == _ROWS_AT_ONCE:
+        rows, tokens = len(self._columns[0].missing), max(len(column.ids) for column in self._columns)
+        if rows == _ROWS_AT_ONCE or tokens >= _TOKENS_AT_ONCE:
             self._flush()
 
     def __enter__(self) -> ExampleWriter:

@@ -1,0 +1,105 @@
+"""Whatever a configuration or an override says: a `SpinConfig` as documented, or one sentence that names the key."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_inputs import FILES, GIVEN, OVERRIDES, SHIPPED, configurations
+from config_oracle import broken_promises
+from fuzzing import Fuzz, check_sentence
+from hydra import compose, initialize_config_dir
+
+from nemo_spin.config import (
+    addable_overrides,
+    check_overrides,
+    config_dir,
+    notices,
+    parse_config,
+    register_resolvers,
+    resolved,
+    with_shipped_configurations,
+)
+from nemo_spin.config.composing import composing
+from nemo_spin.config.parse import parse_known
+from nemo_spin.config.review import VERDICTS, refusals, verdicts
+from nemo_spin.errors import ConfigError
+
+
+def test_configurations(fuzz: Fuzz) -> None:
+    tally = fuzz(configurations(), check_configuration, number=150)
+    assert tally.outcomes["taken"] > 0.03 * tally.tried and tally.outcomes["refused"] > 0.03 * tally.tried
+
+
+def check_configuration(cfg: Any) -> str:
+    check_review(cfg)
+    try:
+        config = parse_config(cfg)
+    except ConfigError as error:
+        check_refusal(error)
+        return "refused"
+    assert broken_promises(config) == []
+    for line in notices(resolved(cfg)):
+        assert "\n" not in line and line.encode()
+    return "taken"
+
+
+def check_refusal(error: ConfigError) -> None:
+    # "model.data.train_ds: prompt_template ... lacks {output}" names its key in two words
+    section, _, name = (error.key or "the configuration").rpartition(".")
+    check_sentence(error, section, name)
+
+
+def check_review(cfg: Any) -> None:
+    """`nemo-spin doctor` says what becomes of each key, whatever it holds."""
+    try:
+        plain = resolved(cfg)
+    except ConfigError:
+        return
+    assert {found.verdict for found in verdicts(plain)} <= set(VERDICTS)
+    refusals(plain, parse_known, SHIPPED)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_overrides(fuzz: Fuzz) -> None:
+    tally = fuzz(OVERRIDES, check_overriding, number=40)
+    assert tally.outcomes["taken"] and tally.outcomes["refused"]
+
+
+def check_overriding(overrides: list[str]) -> str:
+    try:
+        config = parse_config(composed(overrides))
+    except ConfigError as error:
+        check_sentence(error)
+        return "refused"
+    assert broken_promises(config) == []
+    return "taken"
+
+
+def composed(overrides: list[str]) -> Any:
+    """As `nemo-spin train` reads its arguments."""
+    check_overrides(overrides)
+    register_resolvers()
+    given = [f"{key}={value}" for key, value in GIVEN.items()]
+    with composing("the configuration"), initialize_config_dir(str(config_dir()), version_base="1.1"):
+        return compose("gpt_spin", with_shipped_configurations(addable_overrides([*given, *overrides])))
+
+
+def test_files(fuzz: Fuzz) -> None:
+    fuzz(FILES, check_file, number=40)
+
+
+def check_file(content: bytes) -> str:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "run.yaml"
+        path.write_bytes(content)
+        try:
+            with composing(str(path)), initialize_config_dir(directory, version_base="1.1"):
+                cfg = compose("run")
+            parse_config(cfg)
+        except ConfigError as error:
+            check_sentence(error)
+            return "refused"
+    return "taken"
