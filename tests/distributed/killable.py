@@ -1,7 +1,7 @@
 """Training runs of four processes that can be killed with SIGKILL, at named points or at any moment, and started again.
 
-Each process of a run is forked from one that has imported everything and holds no thread: a start takes seconds and not a
-minute. A run is what `nemo-spin train` makes of a configuration; nothing of it is imitated here.
+Each process of a run is forked from one that has imported everything and holds no thread: a start takes seconds and not
+a minute. A run is what `nemo-spin train` makes of a configuration; nothing of it is imitated here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,20 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from run_notes import History, history_of, read_notes
+from selfplay import whole_weights
+from torch import Tensor
+
+from nemo_spin.config import config_dir
 
 HERE = Path(__file__).resolve().parent
 KILLED = -signal.SIGKILL
@@ -40,6 +48,25 @@ class Layout:
 
 
 TP2_PP2 = Layout(tp=2, pp=2)
+# Of a whole run, and of an epoch.
+STEPS, EXAMPLES = 12, 24
+
+
+@dataclass(frozen=True)
+class At:
+    """Where to kill: at a named point (`nemo_spin/faults.py`), when it is reached for the `times`-th time in a start.
+
+    rank: the victim; None for every process that gets there.
+    """
+
+    point: str
+    times: int = 1
+    rank: int | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        victim = {} if self.rank is None else {"NEMO_SPIN_KILL_RANK": str(self.rank)}
+        return {"NEMO_SPIN_KILL_AT": f"{self.point}:{self.times}"} | victim
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,15 @@ class End:
     @property
     def is_whole(self) -> bool:
         return not any(self.codes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """weights: of the policy at the end of training. exported: of the `.nemo`."""
+
+    weights: dict[str, Tensor]
+    exported: dict[str, Tensor]
+    history: History
 
 
 @functools.cache
@@ -98,27 +134,32 @@ def make_inputs(directory: Path) -> None:
 
 
 class KillableRun:
-    """A run of 2 iterations of 2 epochs of 3 steps, with its directory `run`, and the notes of its processes beside it."""
+    """Two iterations of two epochs of three steps, in the directory `run`. Notes, logs and results lie beside it."""
 
     def __init__(self, directory: Path, inputs: Path, **overrides: Any) -> None:
         directory.mkdir(parents=True)
         self.directory, self.inputs, self.overrides = directory, inputs, overrides
-        self.run_dir = directory / "run"
+        self.run_dir, self.scratch = directory / "run", directory / "tmp"
+        self.scratch.mkdir()
         self.starts = 0
 
     def start(
         self,
         layout: Layout = TP2_PP2,
-        environment: dict[str, str] | None = None,
+        kill: At | None = None,
         meddle: Callable[[list[int]], None] | None = None,
         grace: float = GRACE,
     ) -> End:
         """Start the run, or go on with it, and wait for its end.
 
-        meddle: called again and again with the processes' ids, by rank, as long as all of them live; may kill them.
+        kill: at a named point. meddle: called again and again with the processes' ids, by rank, as long as all of them
+        live; may kill them. grace: seconds that the others have when one was killed.
         """
         began = time.monotonic()
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        for of_last_start in (*self.directory.glob("*.pt"), *self.directory.glob("phase-*")):
+            of_last_start.unlink()
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment |= {"TMPDIR": str(self.scratch), **(kill.environment if kill else {})}
         processes = [
             _forking().Process(
                 target=_enter,
@@ -127,7 +168,7 @@ class KillableRun:
                     rank,
                     layout.world_size,
                     self.starts,
-                    rendezvous | (environment or {}),
+                    environment,
                     self.config(layout),
                     str(self.directory),
                 ),
@@ -141,17 +182,22 @@ class KillableRun:
             by_themselves = _wait(processes, meddle, grace)
         finally:
             for process in processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.kill()
                 process.join()
         return End([process.exitcode for process in processes], by_themselves, time.monotonic() - began)
 
     def config(self, layout: Layout) -> dict[str, Any]:
-        from omegaconf import OmegaConf
+        base = OmegaConf.load(config_dir() / "gpt_spin.yaml")
+        for key, value in self.values(layout).items():
+            OmegaConf.update(base, key, value)
+        return OmegaConf.to_container(base)
 
-        from nemo_spin.config import config_dir
-
+    def values(self, layout: Layout) -> dict[str, Any]:
+        """The keys of the configuration that are not as shipped."""
         data = str(self.inputs / "train.jsonl")
-        values = {
+        return {
             "pretrained_checkpoint.restore_from_path": str(self.inputs / "sft.nemo"),
             "exp_manager.explicit_log_dir": str(self.run_dir),
             "exp_manager.create_tensorboard_logger": False,
@@ -175,10 +221,24 @@ class KillableRun:
             "model.data.train_ds.file_path": data,
             "model.data.validation_ds.file_path": data,
         } | self.overrides
-        base = OmegaConf.load(config_dir() / "gpt_spin.yaml")
-        for key, value in values.items():
-            OmegaConf.update(base, key, value)
-        return OmegaConf.to_container(base)
+
+    def kill(self, at: At, layout: Layout = TP2_PP2) -> None:
+        """Start the run and have it killed; raises AssertionError if it was not, or somebody else died before."""
+        end = self.start(layout, at)
+        victims = [rank for rank, code in enumerate(end.codes) if code == KILLED and rank in end.by_themselves]
+        assert victims and at.rank in (None, *victims), f"{at} was not reached: {end}\n{self.log()}"
+
+    def finish(self, layout: Layout = TP2_PP2) -> Outcome:
+        """Start the run and let it come to its end."""
+        end = self.start(layout)
+        assert end.is_whole, f"{end}\n{self.log()}"
+        return self.outcome()
+
+    def outcome(self) -> Outcome:
+        """What the last start has come to."""
+        shards = [torch.load(path) for path in sorted(self.directory.glob("weights-*.pt"))]
+        history = history_of(read_notes(self.directory))
+        return Outcome(whole_weights(shards), torch.load(self.directory / "exported.pt"), history)
 
     def log(self, start: int | None = None) -> str:
         """What the processes of a start (by default the last) have printed."""

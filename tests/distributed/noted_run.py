@@ -1,28 +1,24 @@
 """One process of a training run that may be killed at any moment and takes notes of what it does.
 
-It is forked from a process that has imported everything (see `killable.py`), and runs what `nemo-spin train` runs in each
-process. The notes are the tests' own, and lie outside the directory of the run.
+It is forked from a process that has imported everything (see `killable.py`), and runs what `nemo-spin train` runs in
+each process. The notes are the tests' own, and lie outside the directory of the run.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from run_notes import Notes
 
 from nemo_spin import faults
 
-NOTES = "notes.jsonl"
 _IMPORTED_BY = os.getpid()
-_PHASE_BYTES = 64
 # What a run does, for the notes: what is under way when a process is killed is the innermost of these.
 _PHASES = (
     ("nemo_spin.run", "preflight", "checks"),
@@ -38,40 +34,6 @@ _PHASES = (
     ("nemo_spin.run", "write_report", "report"),
 )
 
-
-class Notes:
-    """What the processes of a run have done in all its starts: a file of JSON lines.
-
-    A line is with the system when `add` returns: SIGKILL loses none.
-    """
-
-    def __init__(self, directory: Path, rank: int, start: int) -> None:
-        self._file = os.open(directory / NOTES, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        self._phase_file = os.open(phase_file(directory, rank), os.O_WRONLY | os.O_CREAT)
-        self._common = {"start": start, "rank": rank}
-        self._phases: list[str] = []
-
-    def add(self, kind: str, **values: Any) -> None:
-        line = {"kind": kind, **self._common, "time": time.time(), **values}
-        os.write(self._file, (json.dumps(line) + "\n").encode())
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._phases.append(name)
-        self._show_phase()
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.add("phase", name=name, seconds=time.monotonic() - began)
-            self._phases.pop()
-            self._show_phase()
-
-    def _show_phase(self) -> None:
-        name = self._phases[-1] if self._phases else "leaving"
-        os.pwrite(self._phase_file, name.encode().ljust(_PHASE_BYTES), 0)
-
-
 _notes: Notes | None = None
 _really_reached = faults.reached
 
@@ -85,26 +47,23 @@ def _reached(point: str) -> None:
 # The package's modules, imported from here on, take the name from there.
 faults.reached = _reached
 
+from megatron.core import parallel_state  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from runs import make_checkpoint, make_data, shards_of  # noqa: E402
 
-import nemo_spin.run  # noqa: E402
+import nemo_spin.run  # noqa: E402, F401
+from nemo_spin.checkpoint.opening import open_checkpoint  # noqa: E402
 from nemo_spin.commands.train import run_training  # noqa: E402
 from nemo_spin.generation.engine import Generator  # noqa: E402
 from nemo_spin.megatron import setup  # noqa: E402
-from nemo_spin.model import MegatronGPTSPINModel  # noqa: E402
 from nemo_spin.trainer import SPINTrainer  # noqa: E402
-
-
-def phase_file(directory: Path, rank: int) -> Path:
-    """Holds the name of what this rank is doing, or did when it was killed."""
-    return directory / f"phase-{rank}"
 
 
 def main(rank: int, world_size: int, start: int, environment: dict[str, str], config: dict[str, Any], out: str) -> None:
     """Train as the configuration says, as one rank of `world_size`; ends as the command does."""
     global _notes
     assert os.getpid() != _IMPORTED_BY, "forked from nothing: this process has imported everything by itself"
+    os.setsid()  # what it starts beside itself can be ended with it
     directory = Path(out)
     _write_into(directory / f"start-{start:03d}-rank-{rank}.log")
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
@@ -112,6 +71,11 @@ def main(rank: int, world_size: int, start: int, environment: dict[str, str], co
     _take_notes(_notes, directory)
     with _notes.phase("starting"):
         run_training(OmegaConf.create(config))
+    if rank == 0:
+        archive = Path(config["exp_manager"]["explicit_log_dir"]) / "checkpoints" / "megatron_gpt_spin.nemo"
+        with open_checkpoint(archive) as source:
+            store = source.weights()
+            torch.save({name: store.read(name) for name in store.tensors}, directory / "exported.pt")
 
 
 def make_inputs(directory: str) -> None:
@@ -150,18 +114,18 @@ def _take_notes(notes: Notes, directory: Path) -> None:
         return finished
 
     def generate(original: Callable, self: Generator, requests: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
-        notes.add("requests", iteration=iteration, indices=[request.index for request in requests])
+        if _speaks_for_its_replica():
+            notes.add("asked", iteration=iteration, indices=[request.index for request in requests])
         return original(self, requests, iteration, *args, **kwargs)
-
-    def refresh(original: Callable, model: MegatronGPTSPINModel) -> None:
-        original(model)
-        if is_main:
-            notes.add("refreshed")
 
     _wrap("nemo_spin.trainer", "SPINTrainer.train_step", train_step)
     _wrap("nemo_spin.trainer", "SPINTrainer.fit", fit)
     _wrap("nemo_spin.generation.engine", "Generator.generate", generate)
-    _wrap("nemo_spin.model", "MegatronGPTSPINModel.refresh_reference", refresh)
+
+
+def _speaks_for_its_replica() -> bool:
+    """Whether this is the first of the processes that hold a copy of the model together."""
+    return parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_pipeline_model_parallel_rank() == 0
 
 
 def _in_phase(notes: Notes, phase: str, original: Callable, *args: Any, **kwargs: Any) -> Any:
