@@ -7,6 +7,7 @@ each process. The notes are the tests' own, and lie outside the directory of the
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -35,12 +36,16 @@ _PHASES = (
 )
 
 _notes: Notes | None = None
+# The response that the generator has just finished.
+_responding: dict[str, Any] = {}
 _really_reached = faults.reached
 
 
 def _reached(point: str) -> None:
     if _notes is not None:
         _notes.add("point", name=point)
+        if point == "rollouts/response":
+            _notes.add("finished", **_responding)
     _really_reached(point)
 
 
@@ -113,10 +118,21 @@ def _take_notes(notes: Notes, directory: Path) -> None:
             torch.save(shards_of(trainer.model), directory / f"weights-{os.environ['RANK']}.pt")
         return finished
 
-    def generate(original: Callable, self: Generator, requests: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
+    parameters = inspect.signature(Generator.generate)
+
+    def generate(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        call = parameters.bind(*args, **kwargs).arguments
         if _speaks_for_its_replica():
-            notes.add("asked", iteration=iteration, indices=[request.index for request in requests])
-        return original(self, requests, iteration, *args, **kwargs)
+            notes.add("asked", iteration=call["iteration"], indices=[request.index for request in call["requests"]])
+        if (finished := call.get("finished")) is not None:
+
+            def finished_and_noted(response: Any) -> None:
+                global _responding
+                _responding = {"iteration": call["iteration"], "indices": [response.index]}
+                finished(response)
+
+            call["finished"] = finished_and_noted
+        return original(**call)
 
     _wrap("nemo_spin.trainer", "SPINTrainer.train_step", train_step)
     _wrap("nemo_spin.trainer", "SPINTrainer.fit", fit)
