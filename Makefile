@@ -1,6 +1,7 @@
 # make quickstart   an environment, a small SFT model, and SPIN on it (DEVICES, TP, PP change the layout)
 # make test         an environment, lint, all tests (PYTHON=python3.12 for the other supported stack)
 # make check-nemo   NeMo 2 and NeMo 1 themselves read what is written here (downloads some GB the first time)
+# make soak         kills a run KILLS times at random moments (SEED) and compares its end; CLI=1: through the command
 # make fuzz         malformed data and configurations for MINUTES, and a table of what became of them
 # make bench        speed and memory, side by side with transformers
 # make clean        remove the environments and what tools leave behind
@@ -11,6 +12,8 @@
 PYTHON ?= python3.11
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+KILLS ?= 50
+SEED ?= 0
 DEVICES ?= 2
 TP ?= 2
 PP ?= 1
@@ -22,7 +25,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: quickstart test check-nemo fuzz bench clean
+.PHONY: quickstart test check-nemo soak fuzz bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py --devices $(DEVICES) --tp $(TP) --pp $(PP)
@@ -34,6 +37,9 @@ test: $(INSTALLED)
 
 check-nemo: $(INSTALLED)
 	$(BIN)/python tests/compat/check_with_nemo.py --pip-args="$(PIP_ARGS)" $(CHECK_ARGS)
+
+soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/$(if $(CLI),command_line,soak).py --kills $(KILLS) --seed $(SEED)
 
 fuzz: $(INSTALLED)
 	NEMO_SPIN_FUZZ_MINUTES=$(MINUTES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)

@@ -63,8 +63,8 @@ def check_loggers(exp: DictConfig) -> None:
 def start(cfg: DictConfig, run_dir: Path) -> MetricsLog:
     """Call NeMo's exp_manager, on the main process: loggers and the record of the command. Returns where metrics go."""
     from lightning.pytorch import Trainer
+    from nemo.utils import exp_manager as nemo_exp_manager
     from nemo.utils import logging as nemo_logging
-    from nemo.utils.exp_manager import exp_manager
 
     # Both begin by printing what they found and every option that they know, in a page.
     nemo_logging.setLevel(nemo_logging.WARNING)
@@ -76,7 +76,12 @@ def start(cfg: DictConfig, run_dir: Path) -> MetricsLog:
     mlflow = options.pop("mlflow_logger_kwargs", None) or {}
     with_mlflow = options.pop("create_mlflow_logger", False)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
-    exp_manager(trainer, OmegaConf.create(options))
+    # It moves all files of an earlier start into run_0, run_1, ..., and the metrics of a run are in one file.
+    check_resume, nemo_exp_manager.check_resume = nemo_exp_manager.check_resume, lambda *args: None
+    try:
+        nemo_exp_manager.exp_manager(trainer, OmegaConf.create(options))
+    finally:
+        nemo_exp_manager.check_resume = check_resume
     # exp_manager shows megatron-core's log on the terminal: a page of settings and buckets for every model it wraps.
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
