@@ -79,12 +79,12 @@ def read_state(path: Path) -> Stored:
             raise CheckpointError(f"{FILE} has format {stored.get('format')}, and this version reads {FORMAT}")
         progress = Progress.from_state_dict(stored["progress"])
         values = {name: stored[name] for name in _TYPES}
+        is_sound = all(type(values[name]) is kind for name, kind in _TYPES.items())
+        is_sound = is_sound and all(isinstance(value, int | float) for value in values["metrics"].values())
     except FileNotFoundError:
         raise CheckpointError(f"{FILE} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{FILE} cannot be read ({error.strerror})") from None
-        is_sound = all(type(values[name]) is kind for name, kind in _TYPES.items())
-        is_sound = is_sound and all(isinstance(value, int | float) for value in values["metrics"].values())
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{FILE} is damaged") from None
     if not is_sound:

@@ -1,15 +1,18 @@
-"""Which checkpoints stay, and when one that could not be written is tried again."""
+"""Which checkpoints stay, which states are believed, and when one that could not be written is tried again."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_spin.checkpoint.manifest import digest_of, write_manifest
 from nemo_spin.checkpoint.retention import Retention
 from nemo_spin.checkpoint.retries import Retries
-from nemo_spin.checkpoint.run_state import Stored
+from nemo_spin.checkpoint.run_state import RunState, Stored, read_state, write_state
+from nemo_spin.errors import CheckpointError
 from nemo_spin.progress import Progress
 
 
@@ -51,3 +54,28 @@ def test_retries_wait_longer_and_longer() -> None:
     assert tried == [1, 3, 7, 15, 31, 63, 127, 191, 255]
     retries.succeeded()
     assert not retries.is_failing and retries.failed(500) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": {"iteration": 0, "iteration_step": 1, "step": float("inf"), "consumed_samples": 1}},
+        {"metrics": {"val_loss": "low"}},
+        {"serial": "1"},
+        {"keep": None},
+        {"identity": []},
+        {"format": 3},
+        {"progress": {}},
+    ],
+    ids=str,
+)
+def test_a_state_that_no_run_writes_is_refused_in_a_sentence(tmp_path: Path, change: dict[str, Any]) -> None:
+    state = RunState(Progress(0, 1, 1, 8), {"model.seed": 7}, {"val_loss": 0.5})
+    write_state(tmp_path, state, with_reference=False, keep=True, serial=1)
+    write_manifest(tmp_path, {"state.json": digest_of(tmp_path / "state.json")})
+    assert read_state(tmp_path).metrics == {"val_loss": 0.5}
+    content = json.loads((tmp_path / "state.json").read_text()) | change
+    (tmp_path / "state.json").write_text(json.dumps(content))
+    write_manifest(tmp_path, {"state.json": digest_of(tmp_path / "state.json")})
+    with pytest.raises(CheckpointError, match=r"^state\.json (is damaged|has format 3)"):
+        read_state(tmp_path)
