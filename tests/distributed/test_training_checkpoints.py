@@ -55,7 +55,7 @@ def resume_from_damaged(directory: str) -> list[tuple[str, str, int, list[str]]]
             dist.barrier()
             damaged = Run(copy)
             whole = damaged.checkpoints.newest_whole(damaged.checkpoints.latest())
-            found.append((file, damage.__name__, whole.progress.step, damaged.said))
+            found.append((file, damage.__name__, whole.progress.step, list(damaged.said)))
     assert damaged.resumed_value() == 1
     return found
 
