@@ -19,6 +19,7 @@ This file knows nothing of ranks: the model, the rollouts and the checkpoints be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,9 +42,10 @@ from nemo_spin.reporting import Reporter
 from nemo_spin.rollout_store import RolloutStore
 from nemo_spin.rollouts import Rollout
 from nemo_spin.safeguards import Safeguards
-from nemo_spin.time_limit import TimeLimit
+from nemo_spin.stopping import Stopping
 from nemo_spin.timing import Stopwatch
 from nemo_spin.validation import Validation
+from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel
@@ -80,7 +82,7 @@ class SPINTrainer:
         validation_dataset: SFTDataset | None,
         run_dir: Path,
         reporter: Reporter,
-        time_limit: TimeLimit | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
         """run_dir: gets `rollouts/` and `checkpoints/`; the same on every process and visible to all of them."""
         self.cfg = cfg
@@ -88,7 +90,7 @@ class SPINTrainer:
         self.train_dataset = train_dataset
         self.run_dir = run_dir
         self.reporter = reporter
-        self.time_limit = time_limit or TimeLimit(cfg.loop.max_seconds)
+        self.stopping = stopping or Stopping(cfg.loop.max_seconds)
         self.checkpoints = TrainingCheckpoints(run_dir / "checkpoints", cfg.checkpoint, reporter.say)
         self.plan = Plan(
             cfg.loop, cfg.global_batch_size, epoch_size(train_dataset.shares), rollout_window=cfg.spin.rollout_window
@@ -97,17 +99,16 @@ class SPINTrainer:
         self.safeguards = Safeguards(cfg, model, train_dataset, run_dir, reporter)
         self.progress = Progress()
         self.stopwatch = Stopwatch()
-        self.time_is_up = False
         self._begin_rollouts()
 
     # ------------------------------------------------------------------------------------------ the loop
 
     def fit(self) -> bool:
-        """Run every iteration that is left. Returns whether there is none left; else the time was up."""
+        """Run every iteration that is left. Returns whether there is none left; else it was stopped."""
         with self.reporter.run(self.cfg, self.progress), self.checkpoints.writing():
             if self.progress.step == 0 and not len(self.rollouts):
                 self.reporter.iteration(self.progress, "SFT model", self.validate())
-            while self.plan.left_in_run(self.progress) > 0 and not self.time_is_up:
+            while self.plan.left_in_run(self.progress) > 0 and not self.stopping.asked:
                 self.run_iteration()
             finished = self.plan.left_in_run(self.progress) == 0
             if finished:
@@ -123,15 +124,15 @@ class SPINTrainer:
         for batch in self.augment_dataloader(self.train_dataloader()):
             metrics = self.train_step(batch)
             at_end = self.plan.left_in_iteration(self.progress) == 0
-            if at_end or self.plan.is_due(self.cfg.loop.val_check_interval, self.progress):
+            stop = self.stopping.ask()
+            if at_end or (self.plan.is_due(self.cfg.loop.val_check_interval, self.progress) and not stop):
                 metrics |= self.validate()
             self.reporter.step(self.progress, batch.epoch, metrics, self.plan.steps_per_iteration, self._seconds_left())
-            self.time_is_up = self.time_limit.is_up()
             again = self.checkpoints.settle(self.progress.step)
             due = again or self.plan.is_due(self.cfg.loop.save_interval, self.progress)
-            if not at_end and (self.time_is_up or due):
+            if not at_end and (stop or due):
                 self.save(metrics)
-            if self.time_is_up:
+            if stop:
                 break
         if self.plan.left_in_iteration(self.progress) > 0:
             return
@@ -170,26 +171,25 @@ class SPINTrainer:
         remaining = islice(dataloader, self.plan.left_in_iteration(self.progress))
         while window := list(islice(remaining, self.plan.batches_per_window)):
             self.make_rollouts(self.rollouts.missing(torch.cat([batch.indices for batch in window]).tolist()))
-            if self.time_is_up:
+            if self.stopping.asked:
                 return
             for batch in window:
                 yield PairBatch(batch.epoch, [self.rollouts.pair(e) for e in self._examples(batch.indices.tolist())])
 
     def make_rollouts(self, indices: Sequence[int]) -> None:
-        """Let the reference respond to the prompts of these examples; stops, and saves, when the time is up."""
+        """Let the reference respond to the prompts of these examples; stops, and saves, when it is asked to."""
         if not indices:
             return
         chunk = _CHUNK * self.cfg.spin.rollout_batch_size * self.cfg.parallel.data_parallel_size
         tokens_before = self.rollouts.num_tokens
         with (
-            self.stopwatch.measure("rollout"),
+            self._doing("rollout"),
             self.reporter.rollouts(self.progress.iteration, len(indices)) as advance,
         ):
             for start in range(0, len(indices), chunk):
                 examples = self._examples(indices[start : start + chunk])
                 self.rollouts.add(examples, self._respond(examples, advance))
-                self.time_is_up = self.time_limit.is_up()
-                if self.time_is_up:
+                if self.stopping.ask():
                     break
         seconds = self.stopwatch.last["rollout"]
         speed = (self.rollouts.num_tokens - tokens_before) / seconds
@@ -197,14 +197,14 @@ class SPINTrainer:
         self.reporter.log("rollout", self.progress, self.rollouts.summary() | timing)
         self.safeguards.after_rollouts(self.rollouts.summary(), self.progress)
         self.reporter.samples(self.rollouts.samples(self.train_dataset, self.cfg.loop.log_samples), self.progress)
-        if self.time_is_up:
+        if self.stopping.asked:
             self.save({})
 
     def train_step(self, batch: PairBatch) -> dict[str, float]:
         """One optimizer step on a global batch of pairs; where loss or gradient are not finite, it changes nothing."""
         beta = self.cfg.spin.ref_policy_kl_penalty[self.progress.iteration]
         pairs = trainable(batch.pairs)
-        with self.stopwatch.measure("train_step"):
+        with self._doing("train_step"):
             metrics = self.model.train_step(pairs, beta)
         skipped = metrics.pop("skipped") > 0
         if self.progress.policy_is_reference and not skipped:
@@ -219,7 +219,7 @@ class SPINTrainer:
 
     def validate(self) -> dict[str, float]:
         """The policy's figures on the validation data; none without such data."""
-        with self.stopwatch.measure("validation"):
+        with self._doing("validation"):
             metrics = self.validation.measure(self.progress.iteration)
         if metrics:
             timing = {"time/validation": self.stopwatch.last["validation"]}
@@ -249,7 +249,7 @@ class SPINTrainer:
     def save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint from which the run goes on exactly as if it had not stopped; the last one is awaited."""
         files = {"rollouts": self.rollouts, "held_out": self.validation.rollouts}
-        with self.stopwatch.measure("checkpoint"):
+        with self._doing("checkpoint"):
             self.checkpoints.save(
                 self.model,
                 RunState(
@@ -271,6 +271,11 @@ class SPINTrainer:
         self.rollouts.restore(state.rollout_files["rollouts"])
         self.validation.rollouts.restore(state.rollout_files["held_out"])
         return used
+
+    def _doing(self, what: str) -> AbstractContextManager[None]:
+        """Around a part of the work: measures its time, and names it, should the run stand still in it."""
+        beat(f"{what.replace('_', ' ')}, iteration {self.progress.iteration}, after step {self.progress.step}")
+        return self.stopwatch.measure(what)
 
     def _start_schedule(self) -> None:
         done = self.progress.iteration_step
