@@ -14,6 +14,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
 from nemo_spin import experiment, run_lock
+from nemo_spin.checkpoint.agreement import of_first
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved
@@ -172,9 +173,10 @@ def _train(cfg: DictConfig, inputs: Inputs, reporter: Reporter, notes: Sequence[
     trainer = SPINTrainer(
         spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
     )
-    if inputs.resume_from is not None:
+    # A file system may show one machine what it does not show another yet.
+    if resume_from := of_first(lambda: inputs.resume_from):
         beat("loading the checkpoint to resume from")
-        reporter.say(f"Resumed from {trainer.resume(inputs.resume_from)}")
+        reporter.say(f"Resumed from {trainer.resume(resume_from)}")
     reached("run/started")
     with stopping.signals(setup.store()):
         finished = trainer.fit()

@@ -19,7 +19,6 @@ This file knows nothing of ranks: the model, the rollouts and the checkpoints be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,7 +97,7 @@ class SPINTrainer:
         self.validation = Validation(cfg, model, validation_dataset, run_dir / "rollouts" / "held_out", reporter)
         self.safeguards = Safeguards(cfg, model, train_dataset, run_dir, reporter)
         self.progress = Progress()
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(lambda activity: beat(f"{activity}, {self.progress}"))
         self._begin_rollouts()
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -183,7 +182,7 @@ class SPINTrainer:
         chunk = _CHUNK * self.cfg.spin.rollout_batch_size * self.cfg.parallel.data_parallel_size
         tokens_before = self.rollouts.num_tokens
         with (
-            self._doing("rollout"),
+            self.stopwatch.measure("rollout"),
             self.reporter.rollouts(self.progress.iteration, len(indices)) as advance,
         ):
             for start in range(0, len(indices), chunk):
@@ -204,7 +203,7 @@ class SPINTrainer:
         """One optimizer step on a global batch of pairs; where loss or gradient are not finite, it changes nothing."""
         beta = self.cfg.spin.ref_policy_kl_penalty[self.progress.iteration]
         pairs = trainable(batch.pairs)
-        with self._doing("train_step"):
+        with self.stopwatch.measure("train_step"):
             metrics = self.model.train_step(pairs, beta)
         skipped = metrics.pop("skipped") > 0
         if self.progress.policy_is_reference and not skipped:
@@ -219,7 +218,7 @@ class SPINTrainer:
 
     def validate(self) -> dict[str, float]:
         """The policy's figures on the validation data; none without such data."""
-        with self._doing("validation"):
+        with self.stopwatch.measure("validation"):
             metrics = self.validation.measure(self.progress.iteration)
         if metrics:
             timing = {"time/validation": self.stopwatch.last["validation"]}
@@ -249,7 +248,7 @@ class SPINTrainer:
     def save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint from which the run goes on exactly as if it had not stopped; the last one is awaited."""
         files = {"rollouts": self.rollouts, "held_out": self.validation.rollouts}
-        with self._doing("checkpoint"):
+        with self.stopwatch.measure("checkpoint"):
             self.checkpoints.save(
                 self.model,
                 RunState(
@@ -259,7 +258,7 @@ class SPINTrainer:
                     {kind: store.files() if len(store) else [] for kind, store in files.items()},
                 ),
                 keep=self.progress.iteration_step == 0,
-                last=self.time_is_up or self.plan.left_in_run(self.progress) == 0,
+                last=self.stopping.asked or self.plan.left_in_run(self.progress) == 0,
             )
         self.reporter.log("checkpoint", self.progress, {"time/checkpoint": self.stopwatch.last["checkpoint"]})
 
@@ -271,11 +270,6 @@ class SPINTrainer:
         self.rollouts.restore(state.rollout_files["rollouts"])
         self.validation.rollouts.restore(state.rollout_files["held_out"])
         return used
-
-    def _doing(self, what: str) -> AbstractContextManager[None]:
-        """Around a part of the work: measures its time, and names it, should the run stand still in it."""
-        beat(f"{what.replace('_', ' ')}, iteration {self.progress.iteration}, after step {self.progress.step}")
-        return self.stopwatch.measure(what)
 
     def _start_schedule(self) -> None:
         done = self.progress.iteration_step

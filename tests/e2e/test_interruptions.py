@@ -133,7 +133,7 @@ def test_a_run_that_stands_still_says_where_and_ends(inputs: Path, tmp_path: Pat
     assert run.returncode == 75, errors
     assert errors.count("error: no process has made progress for") == 1
     places = [line for line in errors.splitlines() if line.startswith("  rank ")]
-    assert places[0].startswith("  rank 0 (train step, iteration 0, after step 2): waits in ")
+    assert places[0].startswith("  rank 0 (train_step, iteration 0, after step 2): waits in ")
     assert "from nemo_spin/megatron/" in places[0]
-    assert places[1].startswith("  rank 1 (train step, iteration 0, after step 2): is at ")
+    assert places[1].startswith("  rank 1 (train_step, iteration 0, after step 2): is at ")
     assert "(fall_asleep)" in places[1]
