@@ -14,6 +14,7 @@ from nemo_spin.checkpoint.training import TrainingCheckpoints
 from nemo_spin.config import LOGGERS
 from nemo_spin.errors import ConfigError
 from nemo_spin.metrics_log import FILE_NAME, MetricsLog
+from nemo_spin.run_lock import was_begun_by_this_launch
 
 # Resuming, checkpoints and time are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
 _OURS = (
@@ -33,10 +34,12 @@ def run_dir(cfg: DictConfig) -> Path:
 
 
 def checkpoint_to_resume(cfg: DictConfig, run_dir: Path) -> Path | None:
+    """The newest checkpoint where the run is to go on from it; None to start anew. Raises ConfigError."""
     exp = cfg.exp_manager
+    started_again = was_begun_by_this_launch(run_dir)
     latest = TrainingCheckpoints(run_dir / "checkpoints").latest()
-    if exp.get("resume_if_exists"):
-        if latest is None and not exp.get("resume_ignore_no_checkpoint"):
+    if exp.get("resume_if_exists") or started_again:
+        if latest is None and not (exp.get("resume_ignore_no_checkpoint") or started_again):
             raise ConfigError(
                 f"exp_manager.resume_if_exists is set, but {run_dir} holds no checkpoint: choose the directory of the "
                 "run, or set exp_manager.resume_ignore_no_checkpoint=true to start one."

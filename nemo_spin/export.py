@@ -38,6 +38,7 @@ from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.checkpoint.weight_store import EMBEDDING, WeightStore
 from nemo_spin.checkpoint.weights import save_weights
 from nemo_spin.errors import CheckpointError, ConfigError
+from nemo_spin.faults import reached
 from nemo_spin.tokenizers import NeMoTokenizer
 
 
@@ -139,16 +140,19 @@ def export(content: Content, target: Path, file_format: str) -> list[str]:
     the result, in sentences. Raises CheckpointError if the format cannot express the model, or nothing can be written.
     """
     check_expressible(content.architecture, content.weights.dtype, file_format)
-    folder = target.with_name(f".unfinished-{target.name}.d")
+    folder = _unfinished(target)
     try:
         if _is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_leftovers(target)
             folder.mkdir(parents=True)
         _barrier()
+        reached("export/begun")
         notes = _WRITERS[file_format](content, folder, target)
         _barrier()
+        reached("export/written")
         if _is_main():
             _publish(folder, target, file_format)
+            reached("export/published")
         _barrier()
         return notes
     except OSError as error:
@@ -159,6 +163,25 @@ def export(content: Content, target: Path, file_format: str) -> list[str]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _remove_leftovers(target: Path) -> None:
+    """What a process that was killed at any point of an export of `target` has left beside it."""
+    replaced = _replaced(target)
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)  # killed between its two steps, before the new one was there
+    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(_unfinished(target), ignore_errors=True)
+    for partial in target.parent.glob(f".{target.name}.*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def _unfinished(target: Path) -> Path:
+    return target.with_name(f".unfinished-{target.name}.d")
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".replaced-{target.name}")
+
+
 def _publish(folder: Path, target: Path, file_format: str) -> None:
     if file_format == "nemo":
         nemo_archive.pack(folder, target)
@@ -167,7 +190,7 @@ def _publish(folder: Path, target: Path, file_format: str) -> None:
         if file.is_file():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
-    replaced = target.with_name(f".replaced-{target.name}")
+    replaced = _replaced(target)
     if target.is_dir():
         # A directory cannot be replaced in one step: the old one stays until the new one is there.
         target.rename(replaced)

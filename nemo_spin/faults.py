@@ -3,6 +3,7 @@
     NEMO_SPIN_KILL_AT="checkpoint/renamed"      every process that gets there is killed (SIGKILL)
     NEMO_SPIN_KILL_AT="train/step:5"            when it gets there for the fifth time
     NEMO_SPIN_KILL_RANK=2                       only that process
+    NEMO_SPIN_KILL_ONCE=/path                   not once this file exists; it is made before the first kill
 
 Names are `area/what has just happened`. Without the variable a point costs a look at the environment.
 """
@@ -25,4 +26,9 @@ def reached(point: str) -> None:
     name, _, times = wanted.partition(":")
     rank = os.environ.get("RANK", "0")
     if name == point and _times[point] == int(times or 1) and os.environ.get("NEMO_SPIN_KILL_RANK", rank) == rank:
+        if once := os.environ.get("NEMO_SPIN_KILL_ONCE"):
+            try:
+                open(once, "x").close()
+            except FileExistsError:
+                return
         os.kill(os.getpid(), signal.SIGKILL)

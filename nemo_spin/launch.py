@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import sys
-import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import fields
-from signal import SIGINT, SIGKILL, SIGTERM, Signals, signal
-
-import psutil
+import traceback
+from collections.abc import Callable, MutableMapping
+from signal import SIG_DFL, SIGINT, signal
 
 from nemo_spin.config.schema import ParallelConfig
 from nemo_spin.errors import EXIT_CODE, ConfigError, UserError
+from nemo_spin.processes import STARTED_HERE, run_distributed
+from nemo_spin.watchdog import LostPeerError, is_lost_peer
 
 INTERRUPTED = 128 + 2  # what a shell reports of a process that Ctrl-C has ended
 
-_STARTED_HERE = "NEMO_SPIN_STARTED_BY_LAUNCHER"
-# What communication raises when a peer has failed. Such a process stays silent until the launcher ends it, so that what
-# remains to be read is the cause; only if nothing happens does it speak.
-_LOST_PEER = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe", re.IGNORECASE)
+# A process that has lost another stays silent until the launcher ends it, so that what remains to be read is the cause;
+# only if nothing happens does it speak.
 _SECONDS_OF_SILENCE = 10.0
 
 
@@ -66,7 +60,12 @@ def run(parallel: ParallelConfig, work: Callable[[], object], preflight: Callabl
 
 
 def guarded(function: Callable[[], int | None]) -> int:
-    """Call a function and return its exit code: 2 after one sentence for a UserError or a full disk, 130 for Ctrl-C."""
+    """Call a function and return its exit code: 2 after one sentence for a UserError or a full disk, 130 for Ctrl-C.
+
+    Any other error is raised; in one of several processes it is printed, with the rank above it, and the code is 1.
+    """
+    if STARTED_HERE in os.environ:
+        signal(SIGINT, SIG_DFL)  # the launcher passes Ctrl-C on, and says what there is to say
     try:
         return function() or 0
     except UserError as error:
@@ -74,89 +73,25 @@ def guarded(function: Callable[[], int | None]) -> int:
         return EXIT_CODE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            file = error.filename or "A file"
+            _report(UserError(f"{file} cannot be written ({error.strerror}): make room, and run again."))
+            return EXIT_CODE
+        if "RANK" not in os.environ:
             raise
-        _report(
-            UserError(f"{error.filename or 'A file'} cannot be written ({error.strerror}): make room, and run again.")
-        )
-        return EXIT_CODE
-    except RuntimeError as error:
-        if _STARTED_HERE in os.environ and _LOST_PEER.search(str(error)):
+        if isinstance(error, LostPeerError) or is_lost_peer(error):
             time.sleep(_SECONDS_OF_SILENCE)
-        raise
+        if not isinstance(error, LostPeerError):
+            _print_error(f"rank {os.environ['RANK']}: {type(error).__name__}: {error}")
+            traceback.print_exc()
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            _print_error(f"rank {os.environ['RANK']} ends because {error}")
+        return 1
 
 
-def run_distributed(nproc: int, argv: Sequence[str], hide_gpus: bool = False) -> int:
-    """Start `nproc` processes of this interpreter on this machine with the arguments `argv`, and wait for them.
-
-    Each gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. When one fails the others are ended. Returns 0,
-    the exit code of the first that failed, or 130 after Ctrl-C. The sentence of a UserError is printed once.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    _silence_launcher()
-    os.environ[_STARTED_HERE] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if hide_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    options = {}
-    if "signals_to_handle" in {field.name for field in fields(LaunchConfig)}:
-        # Without SIGINT, Ctrl-C reaches this process alone, and the launcher ends the others with SIGTERM, in silence.
-        options["signals_to_handle"] = "SIGTERM,SIGHUP,SIGQUIT"
-    with tempfile.TemporaryDirectory(prefix="nemo-spin-") as log_dir:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=nproc,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=log_dir),
-            **options,
-        )
-        try:
-            with _interrupt_ends_children() as interrupted:
-                elastic_launch(config, sys.executable)(*argv)
-        except ChildFailedError as failed:
-            return INTERRUPTED if interrupted() else _first_failure(failed)
-        except KeyboardInterrupt:
-            return INTERRUPTED
-        except SignalException as received:
-            return 128 + received.sigval
-        finally:
-            del os.environ[_STARTED_HERE]
-    return 0
-
-
-@contextmanager
-def _interrupt_ends_children() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C ends the processes started inside, the second time by force; the launcher then finds them gone.
-
-    KeyboardInterrupt is raised only while there are none: in the midst of torch's launcher it may get lost. Yields a
-    function that tells whether Ctrl-C has come.
-    """
-    times = 0
-
-    def end_children(signum: int, frame: object) -> None:
-        nonlocal times
-        times += 1
-        children = psutil.Process().children(recursive=True)
-        if not children:
-            raise KeyboardInterrupt
-        for child in children:
-            with suppress(psutil.NoSuchProcess):
-                child.send_signal(SIGTERM if times == 1 else SIGKILL)
-
-    before = signal(SIGINT, end_children)
-    try:
-        yield lambda: times > 0
-    finally:
-        signal(SIGINT, before)
+def _print_error(sentence: str) -> None:
+    print("error: " + " ".join(sentence.splitlines()), file=sys.stderr, flush=True)
 
 
 def is_main() -> bool:
@@ -192,35 +127,9 @@ def _report(error: UserError) -> None:
         with open(error_file, "w", encoding="utf-8") as file:
             json.dump({"message": sentence, "timestamp": int(time.time())}, file)
     # Not by every process, but by one on each machine: a path may be missing on one of them only.
-    if _STARTED_HERE not in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+    if STARTED_HERE not in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
         rank = os.environ.get("RANK", "0")
-        print("error: " + (f"rank {rank}: " if rank != "0" else "") + sentence, file=sys.stderr, flush=True)
-
-
-def _first_failure(failed: Exception) -> int:
-    """Exit code of the process that failed first; prints what it could not print itself."""
-    failures = sorted(failed.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
-    for _, failure in failures:
-        if failure.error_file != "<N/A>":  # only `_report` writes one; the exit code may be that of a crash at exit
-            print(f"error: {failure.message}", file=sys.stderr, flush=True)
-            return EXIT_CODE
-    # those that the launcher ended because of the first
-    ended = [item for item in failures if item[1].exitcode == -SIGTERM]
-    rank, failure = next((item for item in failures if item not in ended), failures[0])
-    if failure.exitcode < 0:
-        name = Signals(-failure.exitcode).name
-        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        print(f"error: process {rank} was ended by {name}{hint}.", file=sys.stderr, flush=True)
-        return 128 - failure.exitcode
-    return failure.exitcode
-
-
-def _silence_launcher() -> None:
-    if "LOGLEVEL" in os.environ:
-        return
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        _print_error(sentence if rank == "0" else f"rank {rank}: {sentence}")
 
 
 def _check_world_size(parallel: ParallelConfig) -> None:

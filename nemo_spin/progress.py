@@ -26,6 +26,9 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 
+    def __str__(self) -> str:
+        return f"iteration {self.iteration}, after step {self.step}"
+
     def advance(self, samples: int, skipped: bool = False) -> None:
         """Count an optimizer step on `samples` pairs."""
         self.iteration_step += 1

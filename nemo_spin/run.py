@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
-from nemo_spin import experiment
+from nemo_spin import experiment, run_lock
+from nemo_spin.checkpoint.agreement import of_first
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved
@@ -16,16 +22,22 @@ from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, UserError
 from nemo_spin.export import check_expressible, export
+from nemo_spin.faults import reached
 from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.gpt import DTYPES
 from nemo_spin.memory import MemoryEstimate, check_fits, estimate
+from nemo_spin.metrics_log import MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.report import write_report
 from nemo_spin.reporting import Reporter
-from nemo_spin.time_limit import TimeLimit
+from nemo_spin.stopping import Stopping
 from nemo_spin.tokenizers import check_tokenizer_fits, restore_tokenizer
 from nemo_spin.trainer import SPINTrainer
+from nemo_spin.watchdog import Watchdog, beat, communication_timeout
+
+# To say what went wrong, and for loggers to send what they have.
+_SECONDS_TO_LEAVE = 60
 
 _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 
@@ -125,44 +137,72 @@ def train(cfg: DictConfig) -> list[Path]:
     notes = notices(resolved(cfg))
     inputs = preflight(cfg)
     spin = inputs.cfg
-    time_limit = TimeLimit(spin.loop.max_seconds)
-    log = experiment.start(cfg, inputs.run_dir) if is_main() else None
-    parallel = spin.parallel
-    setup.initialize(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, spin.seed)
-    succeeded = False
-    try:
-        reporter = Reporter(is_main(), log)
-        for note in notes:
-            reporter.say(f"note: {note}")
-        if inputs.chosen:
-            reporter.say(f"{spin.restore_from_path}: {inputs.chosen}")
-        reporter.say(f"Layout: {parallel}; {inputs.memory}")
-        for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
-            for report in dataset.reports:
-                reporter.say(str(report))
-        with open_dict(cfg):
-            cfg.model.precision = spin.precision
-        model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=cfg.model)
-        model.prepare_training(spin, inputs.context_length, inputs.train_dataset.stop_ids)
-        trainer = SPINTrainer(
-            spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, time_limit
-        )
-        if inputs.resume_from is not None:
-            reporter.say(f"Resumed from {trainer.resume(inputs.resume_from)}")
-        saved: list[Path] = []
-        if trainer.fit():
-            saved = _save_results(cfg, inputs, model, trainer, reporter)
-        else:
-            reporter.say(
-                f"exp_manager.max_time_per_run is up: saved after step {trainer.progress.step}. The same command, with "
-                "exp_manager.resume_if_exists=true, goes on from there."
+    stopping = Stopping(spin.loop.max_seconds)
+    reporter = Reporter(is_main())
+    with run_lock.held(inputs.run_dir, reporter.say) if is_main() else nullcontext():
+        log = experiment.start(cfg, inputs.run_dir) if is_main() else None
+        parallel, timeout = spin.parallel, communication_timeout(spin.loop.hang_timeout)
+        succeeded = False
+        try:
+            setup.initialize(
+                parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, spin.seed, timeout
             )
-        _write_report(inputs.run_dir, reporter)
-        succeeded = True
-        return saved
-    finally:
-        if log is not None:
-            log.finish(succeeded)
+            with Watchdog(spin.loop.hang_timeout, setup.store(), dist.get_rank(), dist.get_world_size()):
+                saved = _train(cfg, inputs, Reporter(is_main(), log), notes, stopping)
+            succeeded = True
+            return saved
+        finally:
+            _leave(succeeded, log)
+
+
+def _train(cfg: DictConfig, inputs: Inputs, reporter: Reporter, notes: Sequence[str], stopping: Stopping) -> list[Path]:
+    spin = inputs.cfg
+    for note in notes:
+        reporter.say(f"note: {note}")
+    if inputs.chosen:
+        reporter.say(f"{spin.restore_from_path}: {inputs.chosen}")
+    reporter.say(f"Layout: {spin.parallel}; {inputs.memory}")
+    for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
+        for report in dataset.reports:
+            reporter.say(str(report))
+    with open_dict(cfg):
+        cfg.model.precision = spin.precision
+    beat("loading the model")
+    model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=cfg.model)
+    model.prepare_training(spin, inputs.context_length, inputs.train_dataset.stop_ids)
+    trainer = SPINTrainer(
+        spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
+    )
+    # A file system may show one machine what it does not show another yet.
+    if resume_from := of_first(lambda: inputs.resume_from):
+        beat("loading the checkpoint to resume from")
+        reporter.say(f"Resumed from {trainer.resume(resume_from)}")
+    reached("run/started")
+    with stopping.signals(setup.store()):
+        finished = trainer.fit()
+    saved: list[Path] = []
+    if stopping.asked:
+        left = "goes on from there" if not finished else "writes the result"
+        reporter.say(
+            f"{stopping.reason}: saved after step {trainer.progress.step}. The same command, with "
+            f"exp_manager.resume_if_exists=true, {left}."
+        )
+    else:
+        saved = _save_results(cfg, inputs, model, trainer, reporter)
+    _write_report(inputs.run_dir, reporter)
+    return saved
+
+
+def _leave(succeeded: bool, log: MetricsLog | None) -> None:
+    """End what the run has begun. After a failure a process of several ends within a time, whatever hangs."""
+    several = "RANK" in os.environ
+    if several and not succeeded:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_SECONDS_TO_LEAVE)
+    if log is not None:
+        log.finish(succeeded)
+    # Leaving the process groups may wait for processes that are gone.
+    if succeeded or not several:
         setup.shutdown()
 
 
@@ -175,6 +215,7 @@ def _save_results(
     name = cfg.exp_manager.get("name") or "megatron_gpt_spin"
     saved = []
     for file_format in inputs.cfg.checkpoint.formats_on_train_end:
+        beat(f"writing the result as {file_format}")
         path = inputs.run_dir / "checkpoints" / (f"{name}.nemo" if file_format == "nemo" else f"{name}-{file_format}")
         for note in export(model.content(), path, file_format):
             reporter.say(f"note: {path.name}: {note}")

@@ -11,7 +11,11 @@ from contextlib import contextmanager
 class Stopwatch:
     """Measures activities that do not overlap. `last` and `total` hold seconds by activity, 0 where there were none."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, begins: Callable[[str], None] = lambda activity: None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """begins: told each activity that begins."""
+        self._begins = begins
         self._clock = clock
         self._started = clock()
         self.last: dict[str, float] = defaultdict(float)
@@ -21,6 +25,7 @@ class Stopwatch:
     @contextmanager
     def measure(self, activity: str) -> Iterator[None]:
         """Around the activity; not counted when it ends by an exception."""
+        self._begins(activity)
         started = self._clock()
         yield
         self.last[activity] = self._clock() - started

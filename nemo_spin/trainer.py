@@ -41,9 +41,10 @@ from nemo_spin.reporting import Reporter
 from nemo_spin.rollout_store import RolloutStore
 from nemo_spin.rollouts import Rollout
 from nemo_spin.safeguards import Safeguards
-from nemo_spin.time_limit import TimeLimit
+from nemo_spin.stopping import Stopping
 from nemo_spin.timing import Stopwatch
 from nemo_spin.validation import Validation
+from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel
@@ -80,7 +81,7 @@ class SPINTrainer:
         validation_dataset: SFTDataset | None,
         run_dir: Path,
         reporter: Reporter,
-        time_limit: TimeLimit | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
         """run_dir: gets `rollouts/` and `checkpoints/`; the same on every process and visible to all of them."""
         self.cfg = cfg
@@ -88,7 +89,7 @@ class SPINTrainer:
         self.train_dataset = train_dataset
         self.run_dir = run_dir
         self.reporter = reporter
-        self.time_limit = time_limit or TimeLimit(cfg.loop.max_seconds)
+        self.stopping = stopping or Stopping(cfg.loop.max_seconds)
         self.checkpoints = TrainingCheckpoints(run_dir / "checkpoints", cfg.checkpoint, reporter.say)
         self.plan = Plan(
             cfg.loop, cfg.global_batch_size, epoch_size(train_dataset.shares), rollout_window=cfg.spin.rollout_window
@@ -96,18 +97,17 @@ class SPINTrainer:
         self.validation = Validation(cfg, model, validation_dataset, run_dir / "rollouts" / "held_out", reporter)
         self.safeguards = Safeguards(cfg, model, train_dataset, run_dir, reporter)
         self.progress = Progress()
-        self.stopwatch = Stopwatch()
-        self.time_is_up = False
+        self.stopwatch = Stopwatch(lambda activity: beat(f"{activity}, {self.progress}"))
         self._begin_rollouts()
 
     # ------------------------------------------------------------------------------------------ the loop
 
     def fit(self) -> bool:
-        """Run every iteration that is left. Returns whether there is none left; else the time was up."""
+        """Run every iteration that is left. Returns whether there is none left; else it was stopped."""
         with self.reporter.run(self.cfg, self.progress), self.checkpoints.writing():
             if self.progress.step == 0 and not len(self.rollouts):
                 self.reporter.iteration(self.progress, "SFT model", self.validate())
-            while self.plan.left_in_run(self.progress) > 0 and not self.time_is_up:
+            while self.plan.left_in_run(self.progress) > 0 and not self.stopping.asked:
                 self.run_iteration()
             finished = self.plan.left_in_run(self.progress) == 0
             if finished:
@@ -123,15 +123,15 @@ class SPINTrainer:
         for batch in self.augment_dataloader(self.train_dataloader()):
             metrics = self.train_step(batch)
             at_end = self.plan.left_in_iteration(self.progress) == 0
-            if at_end or self.plan.is_due(self.cfg.loop.val_check_interval, self.progress):
+            stop = self.stopping.ask()
+            if at_end or (self.plan.is_due(self.cfg.loop.val_check_interval, self.progress) and not stop):
                 metrics |= self.validate()
             self.reporter.step(self.progress, batch.epoch, metrics, self.plan.steps_per_iteration, self._seconds_left())
-            self.time_is_up = self.time_limit.is_up()
             again = self.checkpoints.settle(self.progress.step)
             due = again or self.plan.is_due(self.cfg.loop.save_interval, self.progress)
-            if not at_end and (self.time_is_up or due):
+            if not at_end and (stop or due):
                 self.save(metrics)
-            if self.time_is_up:
+            if stop:
                 break
         if self.plan.left_in_iteration(self.progress) > 0:
             return
@@ -170,13 +170,13 @@ class SPINTrainer:
         remaining = islice(dataloader, self.plan.left_in_iteration(self.progress))
         while window := list(islice(remaining, self.plan.batches_per_window)):
             self.make_rollouts(self.rollouts.missing(torch.cat([batch.indices for batch in window]).tolist()))
-            if self.time_is_up:
+            if self.stopping.asked:
                 return
             for batch in window:
                 yield PairBatch(batch.epoch, [self.rollouts.pair(e) for e in self._examples(batch.indices.tolist())])
 
     def make_rollouts(self, indices: Sequence[int]) -> None:
-        """Let the reference respond to the prompts of these examples; stops, and saves, when the time is up."""
+        """Let the reference respond to the prompts of these examples; stops, and saves, when it is asked to."""
         if not indices:
             return
         chunk = _CHUNK * self.cfg.spin.rollout_batch_size * self.cfg.parallel.data_parallel_size
@@ -188,8 +188,7 @@ class SPINTrainer:
             for start in range(0, len(indices), chunk):
                 examples = self._examples(indices[start : start + chunk])
                 self.rollouts.add(examples, self._respond(examples, advance))
-                self.time_is_up = self.time_limit.is_up()
-                if self.time_is_up:
+                if self.stopping.ask():
                     break
         seconds = self.stopwatch.last["rollout"]
         speed = (self.rollouts.num_tokens - tokens_before) / seconds
@@ -197,7 +196,7 @@ class SPINTrainer:
         self.reporter.log("rollout", self.progress, self.rollouts.summary() | timing)
         self.safeguards.after_rollouts(self.rollouts.summary(), self.progress)
         self.reporter.samples(self.rollouts.samples(self.train_dataset, self.cfg.loop.log_samples), self.progress)
-        if self.time_is_up:
+        if self.stopping.asked:
             self.save({})
 
     def train_step(self, batch: PairBatch) -> dict[str, float]:
@@ -259,7 +258,7 @@ class SPINTrainer:
                     {kind: store.files() if len(store) else [] for kind, store in files.items()},
                 ),
                 keep=self.progress.iteration_step == 0,
-                last=self.time_is_up or self.plan.left_in_run(self.progress) == 0,
+                last=self.stopping.asked or self.plan.left_in_run(self.progress) == 0,
             )
         self.reporter.log("checkpoint", self.progress, {"time/checkpoint": self.stopwatch.last["checkpoint"]})
 

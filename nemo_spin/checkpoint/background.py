@@ -70,8 +70,11 @@ class Saving:
     def wait(self) -> Outcome:
         """Wait for the outcome. Raises RuntimeError if there is none, because another process is gone."""
         self._thread.join()
-        if self.outcome is None or self.outcome.bug:
-            raise RuntimeError(f"{self.unfinished} was not written:\n{self.outcome and self.outcome.bug}")
+        if self.outcome is None:
+            # As communication says it, for it is no more the cause than that is.
+            raise RuntimeError(f"{self.unfinished} was not written: connection closed by another process")
+        if self.outcome.bug:
+            raise RuntimeError(f"{self.unfinished} was not written:\n{self.outcome.bug}")
         return self.outcome
 
     def give_up(self, seconds: float) -> None:

@@ -28,6 +28,7 @@ from nemo_spin.checkpoint.huggingface_layout import (
 )
 from nemo_spin.checkpoint.weight_store import WeightStore
 from nemo_spin.errors import CheckpointError
+from nemo_spin.watchdog import beat
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -182,6 +183,7 @@ def write_huggingface_weights(
     for number in range(part, len(shards), parts):
         tensors: dict[str, Tensor] = {}
         for name in shards[number]:
+            beat()
             tensors |= _split(store.read(name), segments(name, architecture))
         _save(tensors, directory / names[number])
     if part == 0 and len(shards) > 1:

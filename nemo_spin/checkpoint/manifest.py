@@ -18,6 +18,7 @@ import torch.distributed as dist
 from nemo_spin.checkpoint.agreement import gathered, of_first
 from nemo_spin.checkpoint.files import write_json
 from nemo_spin.errors import CheckpointError
+from nemo_spin.watchdog import beat
 
 FILE = "manifest.json"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -28,6 +29,7 @@ Digest = tuple[int, str]
 
 def digest_of(path: Path) -> Digest:
     with open(path, "rb") as file:
+        beat()
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), sha256
 

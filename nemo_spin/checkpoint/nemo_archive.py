@@ -20,6 +20,7 @@ from nemo_spin.checkpoint.tar_members import (
     starts_archive,
 )
 from nemo_spin.errors import CheckpointError
+from nemo_spin.watchdog import beat
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
@@ -58,6 +59,7 @@ def pack(directory: str | Path, destination: str | Path) -> None:
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    beat()  # the other processes wait meanwhile, for as long as it takes
     member.uid = member.gid = 0
     member.uname = member.gname = ""
     return member

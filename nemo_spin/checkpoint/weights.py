@@ -20,6 +20,7 @@ from nemo_spin.checkpoint.extra_state import extra_state_keys
 from nemo_spin.checkpoint.sharded import save_sharded
 from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, OUTPUT_LAYER, WeightStore
 from nemo_spin.errors import CheckpointError
+from nemo_spin.watchdog import beat
 
 
 @torch.no_grad()
@@ -37,6 +38,7 @@ def load_weights(model: GPTModel, store: WeightStore, origin: str) -> None:
             continue
         if entry.key not in store.tensors:
             raise CheckpointError(f"{origin} holds no tensor {entry.key}, which the model needs.")
+        beat()
         # entry.data is the model's own memory: for the halves of a gated layer, a view of it.
         _fill(entry, store, origin)
     # The process that unpacked an archive may remove the files when this returns.

@@ -28,7 +28,7 @@ KEYS: dict[str, frozenset[str]] = {
         "trainer": "num_nodes devices accelerator precision spin",
         "trainer.spin": (
             "max_iterations max_epochs max_steps val_check_interval save_interval limit_train_batches "
-            "limit_val_batches gradient_clip_val log_samples max_skipped_steps"
+            "limit_val_batches gradient_clip_val log_samples max_skipped_steps hang_timeout"
         ),
         "exp_manager": (
             "explicit_log_dir exp_dir name create_tensorboard_logger "

@@ -210,6 +210,7 @@ def _loop(spin: Section, experiment: Section) -> LoopConfig:
         max_seconds=_seconds(experiment, "max_time_per_run"),
         log_samples=spin.integer("log_samples", 3, minimum=0),
         max_skipped_steps=spin.integer("max_skipped_steps", 3, minimum=0),
+        hang_timeout=spin.number("hang_timeout", 1800.0, minimum=0.0),
     )
 
 

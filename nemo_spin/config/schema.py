@@ -27,6 +27,7 @@ class LoopConfig:
     max_seconds: after so many the run saves and ends; None for no limit (`exp_manager.max_time_per_run`).
     log_samples: generated responses that are shown beside the human ones in each iteration.
     max_skipped_steps: steps in a row that may be skipped because loss or gradient are not finite; one more is the end.
+    hang_timeout: seconds without progress of any process after which the run ends; 0 for never.
     """
 
     max_iterations: int
@@ -40,6 +41,7 @@ class LoopConfig:
     max_seconds: float | None
     log_samples: int
     max_skipped_steps: int
+    hang_timeout: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from nemo_spin.generation.rotary import RotaryAngles
 from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
 from nemo_spin.generation.schedule import Row, Schedule
 from nemo_spin.generation.stages import Stage
+from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.config import SamplingParams
@@ -125,6 +126,7 @@ class Generator:
         angles = self._rotary_angles(capacity)
         with generating(self._model), kv_cache(self._model, slots, capacity) as cache:
             while not schedule.done:
+                beat()
                 admitted = schedule.admit()
                 if admitted:
                     self._prefill(admitted, len(schedule.active) - len(admitted), cache, angles, seen)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_spin.megatron.logprobs import next_tokens, per_token_logps, vocab_padding_masked
 from nemo_spin.pairs import TokenBatch
+from nemo_spin.watchdog import beat
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ def run(
     device = next(model.parameters()).device
 
     def forward_step(iterator: Iterator[MicroBatch[Any]], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+        beat()
         micro_batch = next(iterator)
         sequences = micro_batch.sequences.to(device)
         positions = torch.arange(sequences.tokens.shape[1], device=device).expand_as(sequences.tokens)

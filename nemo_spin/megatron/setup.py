@@ -11,6 +11,12 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nemo_spin.errors import ConfigError
 from nemo_spin.megatron import cpu_backend
+from nemo_spin.megatron.rendezvous import rendezvous
+
+# Processes that do not come at all are missed sooner than those that are long in coming back from their work.
+_SECONDS_TO_GATHER = 1800.0
+
+_store: dist.Store | None = None
 
 
 def device() -> torch.device:
@@ -36,10 +42,11 @@ def initialize(
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        global _store
+        _store, rank, world_size = rendezvous(min(timeout, timedelta(seconds=_SECONDS_TO_GATHER)))
+        _store.set_timeout(timeout)
+        group_store = dist.PrefixStore("process_groups", _store)
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
     model_parallel_size = tensor_model_parallel_size * pipeline_model_parallel_size
     if dist.get_world_size() % model_parallel_size:
         raise ConfigError(
@@ -51,6 +58,13 @@ def initialize(
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def store() -> dist.Store | None:
+    """Where processes leave each other messages without the others taking part; None where the process group was not
+    made by `initialize`. A thread beside the main one takes a `clone()` for itself.
+    """
+    return None if _store is None else dist.PrefixStore("nemo_spin", _store)
 
 
 def is_initialized() -> bool:
@@ -67,6 +81,8 @@ def layout() -> tuple[int, int]:
 
 def shutdown() -> None:
     """Leave the process groups. Safe to call when there are none."""
+    global _store
+    _store = None
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

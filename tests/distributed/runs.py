@@ -17,7 +17,7 @@ from nemo_spin.data.dataset import load_dataset
 from nemo_spin.metrics_log import FILE_NAME, MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting import Reporter
-from nemo_spin.time_limit import TimeLimit
+from nemo_spin.stopping import Stopping
 from nemo_spin.trainer import SPINTrainer
 
 
@@ -97,16 +97,18 @@ class InterruptingReporter(Reporter):
             raise InterruptedRunError
 
 
-class CountedTime(TimeLimit):
-    """Is up when it has been asked so many times."""
+class CountedQuestions(Stopping):
+    """Says yes when it has been asked so many times."""
 
     def __init__(self, times: int) -> None:
-        super().__init__(None)
+        super().__init__()
         self.times = times
 
-    def is_up(self) -> bool:
+    def ask(self) -> bool:
         self.times -= 1
-        return self.times <= 0
+        if self.times <= 0:
+            self.reason = "asked often enough"
+        return self.asked
 
 
 def training_run(
@@ -114,13 +116,13 @@ def training_run(
     data: str,
     run_dir: str,
     interrupt_after: int | None = None,
-    time_is_up_after: int | None = None,
+    stop_after: int | None = None,
     resume: bool = False,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Two iterations of two epochs of three steps; returns the history and this rank's final weights.
 
-    time_is_up_after: how many times the run looks at the clock, after each chunk of rollouts and each step.
+    stop_after: how many times the run looks at the clock, after each chunk of rollouts and each step.
     """
     values = {
         "pretrained_checkpoint.restore_from_path": checkpoint,
@@ -150,8 +152,8 @@ def training_run(
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     log = MetricsLog(Path(run_dir) / FILE_NAME) if torch.distributed.get_rank() == 0 else None
     reporter = InterruptingReporter(interrupt_after, log)
-    time_limit = None if time_is_up_after is None else CountedTime(time_is_up_after)
-    trainer = SPINTrainer(cfg, model, dataset, dataset, Path(run_dir), reporter, time_limit)
+    stopping = None if stop_after is None else CountedQuestions(stop_after)
+    trainer = SPINTrainer(cfg, model, dataset, dataset, Path(run_dir), reporter, stopping)
     if resume:
         trainer.resume(trainer.checkpoints.latest())
     finished = False

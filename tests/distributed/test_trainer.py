@@ -126,11 +126,11 @@ def test_a_run_is_not_resumed_as_another_one(workers: Any, inputs: tuple[str, st
 
 
 @pytest.mark.parametrize("asked", [1, 4, 7], ids=["in the rollouts", "in mid-iteration", "at the boundary"])
-def test_when_the_time_is_up_the_run_saves_and_the_next_one_goes_on(
+def test_a_run_that_is_stopped_saves_and_the_next_one_goes_on(
     workers: Any, inputs: tuple[str, str], uninterrupted: dict[str, Any], tmp_path: Path, asked: int
 ) -> None:
-    # in each iteration the clock is looked at once for the rollouts and once for each of six steps
-    first = finish(workers.run(training_run, *inputs, str(tmp_path), time_is_up_after=asked, tp=2))
+    # in each iteration it is asked once for the rollouts and once for each of six steps
+    first = finish(workers.run(training_run, *inputs, str(tmp_path), stop_after=asked, tp=2))
     assert not first["finished"] and len(first["history"]) == asked - 1
     second = finish(workers.run(training_run, *inputs, str(tmp_path), resume=True, tp=2))
     assert second["finished"]

@@ -16,7 +16,7 @@ from nemo_spin.errors import ConfigError
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 from nemo_spin.config.schema import ParallelConfig
 from nemo_spin.errors import DataError
 from nemo_spin.launch import guarded, run
@@ -35,6 +35,16 @@ def work():
     if mode == "interrupted":
         print("pid", os.getpid(), flush=True)
         time.sleep(60)
+    if mode == "graceful":
+        signals = []
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda signum, frame: signals.append(signum))
+        print("pid", os.getpid(), flush=True)
+        while not signals:
+            time.sleep(0.01)
+        time.sleep(1)
+        os.write(1, f"saved after {signals}\\n".encode())
+        return
     import torch
     import torch.distributed as dist
     dist.init_process_group("gloo")
@@ -45,6 +55,8 @@ def work():
             raise DataError("only rank 1 knows.")
         if rank == 1 and mode == "bug":
             raise ValueError("a bug")
+        if rank == 1 and mode == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         dist.barrier()
         # in one write: two processes share this pipe
         os.write(1, f"sum {int(total)} {os.environ['OMP_NUM_THREADS']}\\n".encode())
@@ -102,17 +114,39 @@ def test_a_bug_shows_its_own_traceback_and_not_those_of_its_victims(start: Calla
     process = start("bug")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert err.count("Traceback") == 1 and "ValueError: a bug" in err
+    assert err.startswith("error: rank 1: ValueError: a bug\nTraceback")
+    assert err.count("Traceback") == 1
 
 
-def test_ctrl_c_ends_everything_quietly(start: Callable) -> None:
-    process = start("interrupted")
+def test_a_process_that_is_killed_is_named_and_its_victims_are_silent(start: Callable) -> None:
+    process = start("killed")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert err == "error: rank 1 was ended by SIGKILL, as the system does when memory runs out.\n"
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
     lines = (process.stdout.readline().split() for _ in range(3))
-    workers = [int(line[1]) for line in lines if line[0] == "pid"]
-    process.send_signal(signal.SIGINT)
+    return [int(line[1]) for line in lines if line[0] == "pid"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_quietly(start: Callable, number: int) -> None:
+    process = start("interrupted")
+    workers = workers_of(process)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "")
+    assert (process.returncode, err) == (128 + number, "")
     assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_what_processes_make_of_a_signal_is_waited_for(start: Callable) -> None:
+    process = start("graceful")
+    workers_of(process)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert out.splitlines() == ["saved after [10]"] * 2
 
 
 @pytest.mark.parametrize(

@@ -98,16 +98,27 @@ def test_a_job_that_failed_is_not(cluster: dict[str, str]) -> None:
     assert (stopped.returncode, queued_again(cluster)) == (1, False)
 
 
-def test_a_job_near_its_limit_is_queued_again(cluster: dict[str, str]) -> None:
-    job = subprocess.Popen(["bash", str(SBATCH)], env=cluster | {"RUN": "sleep 60"}, stdout=subprocess.PIPE)
+@pytest.mark.parametrize(
+    ("run", "saves"),
+    [
+        ("trap 'touch $HERE/saved; exit 0' USR1; touch $HERE/ready; sleep 60 & wait", True),
+        ("trap '' USR1; touch $HERE/ready; sleep 60 & wait", False),
+    ],
+    ids=["that saves in time", "that does not"],
+)
+def test_a_job_near_its_limit_is_told_and_queued_again(cluster: dict[str, str], run: str, saves: bool) -> None:
+    environment = cluster | {"RUN": run, "GRACE": "60" if saves else "1"}
+    job = subprocess.Popen(["bash", str(SBATCH)], env=environment, stdout=subprocess.PIPE)
     started = Path(cluster["HERE"]) / "started"
-    while not (started.is_file() and started.read_text()):
+    while not ((Path(cluster["HERE"]) / "ready").is_file() and started.read_text()):
         assert job.poll() is None
         time.sleep(0.01)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=30) == 0
     assert queued_again(cluster)
-    os.kill(int(started.read_text()), signal.SIGKILL)  # as Slurm does with what is left of a job
+    assert (Path(cluster["HERE"]) / "saved").exists() == saves
+    if not saves:
+        os.kill(int(started.read_text()), signal.SIGKILL)  # as Slurm does with what is left of a job
     job.stdout.close()
 
 
