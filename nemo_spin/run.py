@@ -16,6 +16,7 @@ from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, UserError
 from nemo_spin.export import check_expressible, export
+from nemo_spin.faults import reached
 from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.gpt import DTYPES
@@ -151,6 +152,7 @@ def train(cfg: DictConfig) -> list[Path]:
             reporter.say(f"Resumed from {trainer.resume(inputs.resume_from)}")
         saved: list[Path] = []
         if trainer.fit():
+            reached("run/trained")
             saved = _save_results(cfg, inputs, model, trainer, reporter)
         else:
             reporter.say(

@@ -24,3 +24,7 @@ class TimeLimit:
         up = torch.tensor([time.monotonic() >= self._deadline], dtype=torch.int32, device=device())
         dist.broadcast(up, src=0)
         return bool(up)
+
+    def interrupted(self) -> bool:
+        """Whether generation is to leave off where it is. Every process of a model-parallel group has to ask."""
+        return False

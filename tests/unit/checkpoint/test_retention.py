@@ -16,7 +16,7 @@ from nemo_spin.progress import Progress
 def stored(step: int, loss: float | None = None, serial: int = 0, name: str = "", **changes: Any) -> Stored:
     metrics = {} if loss is None else {"val_loss": loss}
     values = {"identity": {}, "with_reference": False, "keep": False} | changes
-    return Stored(Path(name or str(step)), Progress(0, step, step, step), metrics=metrics, serial=serial, **values)
+    return Stored(Path(name or str(step)), Progress(0, step, step, step), metrics=metrics, serial=serial, ref_id="", **values)
 
 
 @pytest.mark.parametrize(
