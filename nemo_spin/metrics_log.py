@@ -8,10 +8,17 @@ lines before it with a later step no longer count: that part of the run was done
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from nemo_spin.guards import GuardWarning
 from nemo_spin.progress import Progress
@@ -29,14 +36,24 @@ class MetricsLogger(Protocol):
 
 
 class MetricsLog:
-    """Writes metrics as they come; a line is on disk when the call returns."""
+    """Writes metrics as they come; a line is on disk when the call returns.
 
-    def __init__(self, path: Path | None = None, loggers: Sequence[MetricsLogger] = ()) -> None:
-        """path: the file to append to, None for none."""
+    No trouble with them ends a run. Lines for which there is no room wait in memory for the next one; a logger that
+    fails goes without what it failed at. Either is told once.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        loggers: Sequence[MetricsLogger] = (),
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        """path: the file to append to, None for none. warn: told what cannot be written; None for the terminal."""
         self._path = path
         self._loggers = list(loggers)
-        if path is not None:
-            _end_last_line(path)
+        self._warn = warn or partial(tqdm.write, file=sys.stderr)
+        self._waiting = b""
+        self._told: set[str] = set()
 
     def write(self, kind: str, progress: Progress, metrics: dict[str, float], **position: int) -> None:
         """kind: start, train, rollout, validation, checkpoint, iteration, resume or end. position: further counts."""
@@ -44,22 +61,19 @@ class MetricsLog:
         self._append({"kind": kind, **counts, **metrics})
         if metrics:
             for logger in self._loggers:
-                logger.log_metrics({**metrics, **counts}, progress.step)
+                with self._going_on_without(logger):
+                    logger.log_metrics({**metrics, **counts}, progress.step)
 
     def write_warning(self, warning: GuardWarning, progress: Progress) -> None:
         """A line of the kind `warning`: `guard`, its name, and `text`."""
         position = {"step": progress.step, "iteration": progress.iteration}
         self._append({"kind": "warning", **position, "guard": warning.guard, "text": warning.text})
 
-    def _append(self, line: dict[str, Any]) -> None:
-        if self._path is not None:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": time.time(), **line}) + "\n")
-
     def finish(self, succeeded: bool) -> None:
         """Tell the loggers that the run is over."""
         for logger in self._loggers:
-            logger.finalize("success" if succeeded else "failed")
+            with self._going_on_without(logger):
+                logger.finalize("success" if succeeded else "failed")
 
     def write_samples(self, samples: Iterable[Sample], progress: Progress) -> None:
         """Generated responses beside the human ones, for those of the loggers that show text."""
@@ -67,16 +81,52 @@ class MetricsLog:
         for logger in self._loggers:
             show = _SHOW.get(type(logger).__name__)
             if rows and show is not None:
-                show(logger, rows, progress)
+                with self._going_on_without(logger):
+                    show(logger, rows, progress)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        self._waiting += json.dumps({"time": time.time(), **line}).encode() + b"\n"
+        try:
+            with open(self._path, "ab+", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                try:
+                    _write(file, _end_of_last_line(file, size) + self._waiting)
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            self._warn_once(f"{self._path} cannot be written ({error.strerror or error})", "make room")
+        else:
+            self._waiting = b""
+
+    @contextmanager
+    def _going_on_without(self, logger: MetricsLogger) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._warn_once(f"{type(logger).__name__} failed ({reason})", "see what it needs")
+
+    def _warn_once(self, what: str, remedy: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._warn(f"warning: {what}: the run goes on without; {remedy}.")
 
 
-def _end_last_line(path: Path) -> None:
-    """A run that was killed may have left half a line, which would spoil the next."""
-    if path.is_file() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+def _end_of_last_line(file: FileIO, size: int) -> bytes:
+    """What it lacks: a run that was killed may have left half a line, which would spoil the next."""
+    if not size:
+        return b""
+    file.seek(-1, os.SEEK_END)
+    return b"" if file.read(1) == b"\n" else b"\n"
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _in_tensorboard(logger: Any, samples: Sequence[Sample], progress: Progress) -> None:

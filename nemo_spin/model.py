@@ -200,13 +200,36 @@ class MegatronGPTSPINModel(ModelPT):
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    @property
+    def rollout_settings(self) -> dict[str, Any]:
+        """What rollouts depend on beside weights, prompts and iteration, as JSON has it."""
+        return {
+            "precision": self.precision,
+            "max_new_tokens": self._max_new_tokens,
+            **self._generator.settings,
+        }
+
     def roll_out(
-        self, examples: Sequence[Example], iteration: int, progress: Callable[[str, int], None] | None = None
-    ) -> list[Rollout]:
-        """The reference's responses to these prompts, and both reference log-probabilities."""
+        self,
+        examples: Sequence[Example],
+        iteration: int,
+        progress: Callable[[str, int], None] | None = None,
+        **hooks: Any,
+    ) -> list[Rollout] | None:
+        """The reference's responses to these prompts, and both reference log-probabilities.
+
+        hooks: `answered`, `finished` and `interrupted` of `rollouts.roll_out`; None if it was interrupted.
+        """
         with self.reference.swapped_in():
             return roll_out(
-                self.gpt, self._generator, examples, iteration, self._max_new_tokens, self._score_batching, progress
+                self.gpt,
+                self._generator,
+                examples,
+                iteration,
+                self._max_new_tokens,
+                self._score_batching,
+                progress,
+                **hooks,
             )
 
     def score_given(
@@ -219,9 +242,10 @@ class MegatronGPTSPINModel(ModelPT):
         with self.reference.swapped_in():
             return score_given(self.gpt, examples, responses, self._generator.stop_ids, self._score_batching, progress)
 
-    def refresh_reference(self) -> None:
-        """The policy becomes the reference."""
+    def refresh_reference(self) -> str:
+        """The policy becomes the reference. Returns a name of its weights; see `Reference.name`."""
         self.reference.refresh()
+        return self.reference.name()
 
     # ------------------------------------------------------------------------------------------ saving and restoring
 

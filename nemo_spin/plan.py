@@ -36,6 +36,10 @@ class Plan:
             return self.steps_per_iteration
         return self.rollout_window // self.global_batch_size
 
+    def left_in_window(self, progress: Progress) -> int:
+        """Batches up to where the next rollouts are made: a run that goes on makes them where it would have."""
+        return self.batches_per_window - progress.iteration_step % self.batches_per_window
+
     @property
     def windows_per_iteration(self) -> int:
         """How often rollouts are made: in the first epoch of an iteration; later ones use them again."""

@@ -7,11 +7,17 @@ log-probabilities together.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from nemo_spin.checkpoint.fingerprint import fingerprint
+from nemo_spin.checkpoint.opening import open_checkpoint
 
 
 class Reference:
@@ -47,6 +53,20 @@ class Reference:
         """Whether a copy of the reference is kept and the policy has moved away from it."""
         return self._policy_has_moved and bool(self._copy)
 
+    def name(self) -> str:
+        """A hash of the reference's weights, the same on every process: rollouts are used again by this name.
+
+        Of the weights of all ranks, each taken once, so that only the model-parallel layout changes it. To be asked
+        before the policy moves, unless a copy is kept. Every process has to ask.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self._copy.items() or self._model.named_parameters()):
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        of_ranks = [""] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, digest.hexdigest())
+        return "weights-" + hashlib.sha256(" ".join(sorted(set(of_ranks))).encode()).hexdigest()[:40]
+
     @property
     def weights(self) -> dict[str, Tensor] | None:
         """The copy by parameter name, or None where none is kept."""
@@ -81,3 +101,16 @@ class Reference:
         # In place: under data parallelism parameters are views into shared buffers, which must stay what they are.
         for name, parameter in self._model.named_parameters():
             parameter.copy_(weights[name])
+
+
+def name_of_checkpoint(path: str | Path) -> str:
+    """A name of the weights in a checkpoint, the same for a copy of it and on every process, which all have to ask.
+
+    Raises CheckpointError.
+    """
+    name = [""]
+    if dist.get_rank() == 0:
+        with open_checkpoint(path) as source:
+            name = ["checkpoint-" + fingerprint(source.path)[:40]]
+    dist.broadcast_object_list(name, src=0)
+    return name[0]

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from nemo_spin.pairs import Example, Pair
-from nemo_spin.rollouts import Rollout
+from nemo_spin.rollout_files.directory import Found, RolloutDirectory
+from nemo_spin.rollout_files.journal import Journal
+from nemo_spin.rollout_files.part import Origin
+from nemo_spin.rollouts import Answer, Rollout
 
-SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("prompt", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("chosen_ids", pa.list_(pa.int32())),
-        ("rejected_ids", pa.list_(pa.int32())),
-        ("prompt_length", pa.int32()),
-        ("chosen_length", pa.int32()),
-        ("rejected_length", pa.int32()),
-        ("finish_reason", pa.string()),
-        ("ref_chosen_logps", pa.float64()),
-        ("ref_rejected_logps", pa.float64()),
-    ]
-)
-
+T = TypeVar("T")
 
 # A response of at least this many tokens counts as repeated when less than half of its runs of four tokens differ.
 _REPEATED_FROM_TOKENS = 16
@@ -58,21 +42,35 @@ class Sample:
 
 
 class RolloutStore:
-    """The rollouts of one iteration: in memory on every process, on disk for people and for resuming.
+    """The rollouts of one iteration: in memory on every process, on disk for people and for a run that goes on.
 
-    directory: one Parquet file (schema `SCHEMA`) for each time rollouts were added; only process 0 writes.
-    decode: token ids -> text, for the columns that people read.
+    Every process calls every method; only process 0 writes, beside one journal for each data-parallel replica.
+
+    responses: those without log-probabilities yet, by index; in the end those that an interruption has left.
     """
 
-    def __init__(self, directory: Path, decode: Callable[[Sequence[int]], str]) -> None:
-        self.directory = directory
-        self._decode = decode
+    def __init__(
+        self, directory: Path, origin: Origin, dataset: Dataset, decode: Callable[[Sequence[int]], str]
+    ) -> None:
+        """directory: the same on every process and visible to all of them. origin: of the rollouts.
+
+        decode: token ids -> text, for the columns that people read.
+        """
+        self._directory = RolloutDirectory(directory, origin, self._row)
+        self.responses: dict[int, Answer] = {}
+        self._dataset, self._decode = dataset, decode
+        self._journals = 0
         # Flat: 4 bytes a token. Row r holds ids[starts[r]:starts[r + 1]], and the logps 2r (chosen) and 2r + 1.
         self._row_of: dict[int, int] = {}
         self._ids, self._starts, self._ref_logps = array("i"), array("q", [0]), array("d")
         self._cut_off = bytearray()
         self._empty = self._repeated = self._matching = self._not_finite = 0
         self._finite_logps, self._finite_tokens = 0.0, 0
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self._directory.path
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -88,58 +86,74 @@ class RolloutStore:
         ids = tuple(self._ids[self._starts[row] : self._starts[row + 1]])
         return Pair(example, ids, "length" if self._cut_off[row] else "stop", chosen, rejected)
 
-    def add(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> None:
-        """Keep the rollouts of these examples, and write them to the next file of the directory."""
+    # ------------------------------------------------------------------------------------------ on disk
+
+    def find(self, checkpointed: Sequence[Path] = (), trusted: bool = True) -> Found:
+        """Take what the directory and a checkpoint hold of this origin, the same on every process.
+
+        checkpointed, trusted: see `RolloutDirectory.read_parts`. Process 0 alone reads: what another machine wrote
+        last may be seen late, and not by all at once.
+        """
+        disk = self._directory
         if dist.get_rank() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if not len(self):
-                self._remove_files()
-            path = self.directory / f"part-{len(self.files()):05d}.parquet"
-            unfinished = path.with_suffix(".tmp")
-            try:
-                pq.write_table(self._table(examples, rollouts), unfinished)
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-        for example, rollout in zip(examples, rollouts, strict=True):
-            self._keep(rollout, example.response_ids)
+            for rollouts in disk.read_parts(checkpointed, trusted):
+                self._keep(_from_process_0(rollouts))
+            _from_process_0([])
+            shared = _from_process_0((disk.read_journals(), disk.life, disk.found))
+        else:
+            while rollouts := _from_process_0(None):
+                self._keep(rollouts)
+            shared = _from_process_0(None)
+        self.responses, disk.life, disk.found = shared
+        return disk.found
+
+    @contextmanager
+    def journal(self) -> Iterator[Journal | None]:
+        """Where this process notes responses until they are added; None where another one of its replica does."""
+        self._journals += 1
+        if parallel_state.get_model_parallel_group().rank() != 0:
+            yield None
+            return
+        replica = parallel_state.get_data_parallel_rank()
+        journal = Journal(self._directory.journal_path(self._journals, replica), self._directory.origin)
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+    def add(self, rollouts: Sequence[Rollout]) -> OSError | None:
+        """Keep these rollouts, and write them to the next file; their journals go. Returns as `write` does."""
+        self._keep(rollouts)
+        for rollout in rollouts:
+            self.responses.pop(rollout.index, None)
+        return self._directory.add(list(rollouts)) if dist.get_rank() == 0 else None
+
+    def write(self) -> OSError | None:
+        """Write what could not be written before. Returns why it still cannot be, on process 0 if so."""
+        return self._directory.write() if dist.get_rank() == 0 else None
 
     def files(self) -> list[Path]:
-        return sorted(self.directory.glob("part-*.parquet"))
+        """Those that are written, on process 0."""
+        return self._directory.files
 
-    def restore(self, files: Sequence[Path]) -> None:
-        """Begin with the rollouts in these files; what the directory held before is removed."""
-        if dist.get_rank() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_files()
-            for path in files:
-                shutil.copyfile(path, self.directory / path.name)
-        columns = ["index", "rejected_ids", "finish_reason", "ref_chosen_logps", "ref_rejected_logps"]
-        for path in files:
-            for row in pq.read_table(path, columns=[*columns, "chosen_ids"]).to_pylist():
-                chosen_ids = tuple(row.pop("chosen_ids"))
-                row["rejected_ids"] = array("i", row["rejected_ids"])
-                self._keep(Rollout(**row), chosen_ids)
+    def _keep(self, rollouts: Iterable[Rollout]) -> None:
+        for rollout in rollouts:
+            self._row_of[rollout.index] = len(self._cut_off)
+            self._ids.extend(rollout.rejected_ids)
+            self._starts.append(len(self._ids))
+            self._ref_logps.extend((rollout.ref_chosen_logps, rollout.ref_rejected_logps))
+            self._cut_off.append(rollout.finish_reason == "length")
+            # a stop token alone says nothing
+            self._empty += len(rollout.rejected_ids) == 1 and rollout.finish_reason == "stop"
+            self._repeated += is_repeated(rollout.rejected_ids)
+            self._matching += tuple(rollout.rejected_ids) == self._dataset[rollout.index].response_ids
+            if math.isfinite(rollout.ref_chosen_logps) and math.isfinite(rollout.ref_rejected_logps):
+                self._finite_logps += rollout.ref_rejected_logps
+                self._finite_tokens += len(rollout.rejected_ids)
+            else:
+                self._not_finite += 1
 
-    def _keep(self, rollout: Rollout, chosen_ids: tuple[int, ...]) -> None:
-        self._row_of[rollout.index] = len(self._cut_off)
-        self._ids.extend(rollout.rejected_ids)
-        self._starts.append(len(self._ids))
-        self._ref_logps.extend((rollout.ref_chosen_logps, rollout.ref_rejected_logps))
-        self._cut_off.append(rollout.finish_reason == "length")
-        # a stop token alone says nothing
-        self._empty += len(rollout.rejected_ids) == 1 and rollout.finish_reason == "stop"
-        self._repeated += is_repeated(rollout.rejected_ids)
-        self._matching += tuple(rollout.rejected_ids) == chosen_ids
-        if math.isfinite(rollout.ref_chosen_logps) and math.isfinite(rollout.ref_rejected_logps):
-            self._finite_logps += rollout.ref_rejected_logps
-            self._finite_tokens += len(rollout.rejected_ids)
-        else:
-            self._not_finite += 1
-
-    def _remove_files(self) -> None:
-        for path in self.files():
-            path.unlink()
+    # ------------------------------------------------------------------------------------------ for people
 
     def summary(self) -> dict[str, float]:
         """`rollout/*`: number of responses, mean tokens, and shares of them: ended by a stop token, cut off at the
@@ -168,9 +182,9 @@ class RolloutStore:
         """Tokens of all responses."""
         return len(self._ids)
 
-    def samples(self, dataset: Dataset, count: int) -> list[Sample]:
+    def samples(self, count: int) -> list[Sample]:
         """The first `count` by index, as text; of the same examples in every iteration that uses all of them."""
-        pairs = [self.pair(dataset[index]) for index in sorted(self._row_of)[:count]]
+        pairs = [self.pair(self._dataset[index]) for index in sorted(self._row_of)[:count]]
         return [
             Sample(
                 pair.example.index,
@@ -182,26 +196,30 @@ class RolloutStore:
             for pair in pairs
         ]
 
-    def _table(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> pa.Table:
-        rows = [
-            {
-                "index": rollout.index,
-                "prompt": self._decode(example.prompt_ids),
-                "chosen": self._decode(example.response_ids),
-                "rejected": self._decode(rollout.rejected_ids),
-                "prompt_ids": example.prompt_ids,
-                "chosen_ids": example.response_ids,
-                "rejected_ids": rollout.rejected_ids,
-                "prompt_length": len(example.prompt_ids),
-                "chosen_length": len(example.response_ids),
-                "rejected_length": len(rollout.rejected_ids),
-                "finish_reason": rollout.finish_reason,
-                "ref_chosen_logps": rollout.ref_chosen_logps,
-                "ref_rejected_logps": rollout.ref_rejected_logps,
-            }
-            for example, rollout in zip(examples, rollouts, strict=True)
-        ]
-        return pa.Table.from_pylist(rows, schema=SCHEMA)
+    def _row(self, rollout: Rollout) -> dict[str, Any]:
+        example = self._dataset[rollout.index]
+        return {
+            "index": rollout.index,
+            "prompt": self._decode(example.prompt_ids),
+            "chosen": self._decode(example.response_ids),
+            "rejected": self._decode(rollout.rejected_ids),
+            "prompt_ids": example.prompt_ids,
+            "chosen_ids": example.response_ids,
+            "rejected_ids": rollout.rejected_ids,
+            "prompt_length": len(example.prompt_ids),
+            "chosen_length": len(example.response_ids),
+            "rejected_length": len(rollout.rejected_ids),
+            "finish_reason": rollout.finish_reason,
+            "ref_chosen_logps": rollout.ref_chosen_logps,
+            "ref_rejected_logps": rollout.ref_rejected_logps,
+        }
+
+
+def _from_process_0(value: T) -> T:
+    """What process 0 passes, on every process."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def is_repeated(ids: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from nemo_spin.generation.engine import GenerationRequest, Generator
+from nemo_spin.generation.engine import GenerationRequest, Generator, Response
 from nemo_spin.megatron.steps import Batching, response_logps
 from nemo_spin.pairs import Example
 
@@ -35,6 +35,14 @@ class Rollout:
     ref_rejected_logps: float
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated response that has not been scored yet. ids, finish_reason: as in `Rollout`."""
+
+    ids: array
+    finish_reason: str
+
+
 def roll_out(
     gpt: GPTModel,
     generator: Generator,
@@ -43,19 +51,33 @@ def roll_out(
     max_new_tokens: int,
     batching: Batching,
     progress: Callable[[str, int], None] | None = None,
-) -> list[Rollout]:
+    answered: dict[int, Answer] | None = None,
+    finished: Callable[[Response], None] | None = None,
+    interrupted: Callable[[], bool] | None = None,
+) -> list[Rollout] | None:
     """Generate a response to every example with the weights that `gpt` has now, and score both responses.
 
     Every process passes the same examples; data-parallel replicas share the work, and every process gets every
     rollout, in the order of the examples. max_new_tokens: the budget of each response, further limited by what its
     prompt leaves of the context. progress: told the phase ("generating" or "scoring") and how many more sequences are
     done, on all replicas if they are as fast as this one.
+
+    answered: responses by the index of their example, which are scored with the others and not generated again; those
+    that are generated now join them. finished: given each response of this replica as soon as it is generated.
+    interrupted: see `Generator.generate`; replicas may answer differently. Returns None, on every process, if not all
+    responses were generated.
     """
-    own = _own_share(examples)
+    answers = {} if answered is None else answered
+    own = _own_share([example for example in examples if example.index not in answers])
     requests = [GenerationRequest(e.index, e.prompt_ids, max_new_tokens) for e in own]
-    responses = generator.generate(requests, iteration, _phase(progress, "generating"))
-    made = [(response.ids, response.finish_reason) for response in responses]
-    return _shared(_score(gpt, own, made, batching, progress), len(examples))
+    generated = generator.generate(requests, iteration, _phase(progress, "generating"), finished, interrupted)
+    for share in _of_all_replicas({r.index: Answer(array("i", r.ids), r.finish_reason) for r in generated}):
+        answers.update(share)
+    if any(example.index not in answers for example in examples):
+        return None
+    # All examples, whoever generated what and when: which sequences go through the model together is seen in the last
+    # bits of their log-probabilities.
+    return _scored(gpt, examples, [answers[example.index] for example in examples], batching, progress)
 
 
 def score_given(
@@ -67,25 +89,37 @@ def score_given(
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Rollout]:
     """Rollouts of responses that the data bring along in place of the reference's own; as `roll_out` in all else."""
-    made = [(ids, "stop" if ids[-1] in stop_ids else "length") for ids in _own_share(given)]
-    return _shared(_score(gpt, _own_share(examples), made, batching, progress), len(examples))
+    answers = [Answer(array("i", ids), "stop" if ids[-1] in stop_ids else "length") for ids in given]
+    return _scored(gpt, examples, answers, batching, progress)
+
+
+def _scored(
+    gpt: GPTModel,
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+    batching: Batching,
+    progress: Callable[[str, int], None] | None,
+) -> list[Rollout]:
+    """The rollouts of all examples, each replica scoring its share."""
+    own = _score(gpt, _own_share(examples), _own_share(answers), batching, progress)
+    shares = _of_all_replicas(own)
+    return [shares[i % len(shares)][i // len(shares)] for i in range(len(examples))]
 
 
 def _score(
     gpt: GPTModel,
     examples: Sequence[Example],
-    responses: Sequence[tuple[Sequence[int], str]],
+    answers: Sequence[Answer],
     batching: Batching,
     progress: Callable[[str, int], None] | None,
 ) -> list[Rollout]:
-    """responses: (token ids, finish reason) of the rejected response to each example."""
     prompts = [example.prompt_ids for example in examples]
-    both = [example.response_ids for example in examples] + [ids for ids, _ in responses]
+    both = [example.response_ids for example in examples] + [answer.ids for answer in answers]
     logps = sequence_logps(gpt, prompts * 2, both, batching, _phase(progress, "scoring"))
     return [
-        Rollout(example.index, array("i", ids), finish_reason, chosen, rejected)
-        for example, (ids, finish_reason), chosen, rejected in zip(
-            examples, responses, logps[: len(examples)], logps[len(examples) :], strict=True
+        Rollout(example.index, answer.ids, answer.finish_reason, chosen, rejected)
+        for example, answer, chosen, rejected in zip(
+            examples, answers, logps[: len(examples)], logps[len(examples) :], strict=True
         )
     ]
 
@@ -111,9 +145,8 @@ def _phase(progress: Callable[[str, int], None] | None, name: str) -> Callable[[
     return None if progress is None else lambda count: progress(name, count * size)
 
 
-def _shared(own: list[Rollout], count: int) -> list[Rollout]:
-    """The rollouts of all replicas, in the order in which their examples were shared out."""
-    size = parallel_state.get_data_parallel_world_size()
-    shares: list[list[Rollout]] = [[]] * size
+def _of_all_replicas(own: T) -> list[T]:
+    """What each data-parallel replica has, on every process."""
+    shares: list[T] = [own] * parallel_state.get_data_parallel_world_size()
     dist.all_gather_object(shares, own, group=parallel_state.get_data_parallel_group())
-    return [shares[i % size][i // size] for i in range(count)]
+    return shares

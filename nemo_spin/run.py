@@ -188,6 +188,7 @@ def _train(cfg: DictConfig, inputs: Inputs, reporter: Reporter, notes: Sequence[
             f"exp_manager.resume_if_exists=true, {left}."
         )
     else:
+        reached("run/trained")
         saved = _save_results(cfg, inputs, model, trainer, reporter)
     _write_report(inputs.run_dir, reporter)
     return saved

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,15 +13,28 @@ from torch import Tensor
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import index_batches
+from nemo_spin.faults import reached
+from nemo_spin.iteration_rollouts import IterationRollouts
 from nemo_spin.pairs import Example
 from nemo_spin.reporting import Reporter
-from nemo_spin.rollout_store import RolloutStore
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel
 
 # Held-out examples draw other random numbers than those of the training data.
 _FIRST_INDEX = 1 << 40
+
+
+class HeldOut:
+    """The first examples of the validation data, with indices of their own."""
+
+    def __init__(self, dataset: SFTDataset | None, count: int) -> None:
+        self.digest = "" if dataset is None else dataset.digest
+        self.indices = [_FIRST_INDEX + i for i in range(min(count, len(dataset or ())))]
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Example:
+        return replace(self._dataset[index - _FIRST_INDEX], index=index)
 
 
 class Validation:
@@ -34,22 +47,19 @@ class Validation:
         dataset: SFTDataset | None,
         directory: Path,
         reporter: Reporter,
+        interrupted: Callable[[], bool] | None = None,
     ) -> None:
-        """dataset: None for no validation. directory: gets the rollouts."""
+        """dataset: None for no validation. directory: gets the rollouts. interrupted: see `Generator.generate`."""
         self.cfg, self.model, self.dataset = cfg, model, dataset
-        self.directory, self.reporter = directory, reporter
-        self.begin(0)
+        self.held_out = HeldOut(dataset, cfg.spin.held_out_rollouts)
+        self.rollouts = IterationRollouts(cfg, model, self.held_out, directory, reporter, interrupted, held_out=True)
 
-    def begin(self, iteration: int) -> None:
-        """Forget the rollouts of another iteration."""
-        self.rollouts = RolloutStore(self.directory / f"iteration-{iteration:03d}", self.model.tokenizer.decode)
+    def make_rollouts(self, stop: Callable[[], bool]) -> bool:
+        """Let the reference respond to the first prompts of the data, unless it has, or was not asked to.
 
-    def make_rollouts(self, iteration: int) -> None:
-        """Let the reference respond to the first prompts of the data, unless it has, or was not asked to."""
-        if len(self.rollouts) or not self._examples():
-            return
-        with self.reporter.rollouts(iteration, len(self._examples()), "held-out rollouts") as advance:
-            self.rollouts.add(self._examples(), self.model.roll_out(self._examples(), iteration, advance))
+        stop: asked after each chunk of them whether to leave the rest. Returns whether it was told to.
+        """
+        return self.rollouts.make(self.held_out.indices, stop)
 
     def measure(self, iteration: int) -> dict[str, float]:
         """`val_loss`, the mean NLL of a human response token in nats; with rollouts SPIN's own as `val/...`."""
@@ -59,14 +69,16 @@ class Validation:
         total_nll, total_tokens = 0.0, 0
         for indices in self._batches(len(self.dataset), self.cfg.loop.limit_val_batches):
             nll, tokens = self.model.validation_step([self.dataset[i] for i in indices.tolist()])
+            reached("validation/batch")
             total_nll, total_tokens = total_nll + nll, total_tokens + tokens
         return {"val_loss": total_nll / total_tokens} if total_tokens else {}
 
     def _spin_metrics(self, iteration: int) -> dict[str, float]:
-        if not len(self.rollouts):
+        indices = self.held_out.indices
+        if not indices or self.rollouts.missing(indices):
             return {}
         beta = self.cfg.spin.ref_policy_kl_penalty[iteration]
-        pairs = [self.rollouts.pair(example) for example in self._examples()]
+        pairs = [self.rollouts.pair(index) for index in indices]
         totals: dict[str, float] = {}
         for indices in self._batches(len(pairs)):
             for name, value in self.model.spin_validation_step([pairs[i] for i in indices.tolist()], beta).items():
@@ -75,7 +87,3 @@ class Validation:
 
     def _batches(self, examples: int, limit: int | float | None = None) -> Iterator[Tensor]:
         return index_batches(torch.arange(examples), self.cfg.global_batch_size, limit_batches=limit)
-
-    def _examples(self) -> list[Example]:
-        count = min(self.cfg.spin.held_out_rollouts, len(self.dataset or ()))
-        return [replace(self.dataset[i], index=i + _FIRST_INDEX) for i in range(count)]

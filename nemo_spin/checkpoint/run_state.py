@@ -15,7 +15,7 @@ from nemo_spin.progress import Progress
 FILE = "state.json"
 FORMAT = 2
 ROLLOUT_KINDS = ("rollouts", "held_out")
-_TYPES = {"identity": dict, "metrics": dict, "with_reference": bool, "keep": bool, "serial": int}
+_TYPES = {"identity": dict, "metrics": dict, "with_reference": bool, "keep": bool, "serial": int, "ref_id": str}
 
 
 @dataclass
@@ -25,12 +25,16 @@ class RunState:
     identity: quantities that a continuation must have in common with the run.
     metrics: of the last step.
     rollout_files: of the iteration under way, by kind: `rollouts` and `held_out`.
+    ref_id: names the weights of that iteration's reference.
+    unwritten: why some of the rollouts are in no file, where they are not: then there can be no checkpoint.
     """
 
     progress: Progress
     identity: dict[str, int | str]
     metrics: dict[str, float] = field(default_factory=dict)
     rollout_files: dict[str, list[Path]] = field(default_factory=dict)
+    ref_id: str = ""
+    unwritten: OSError | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Stored:
     """A checkpoint that is there, by its state.json.
 
     with_reference: whether the reference is among the tensors. keep: it stays for good. serial: how many checkpoints
-    of the run were written before it.
+    of the run were written before it. ref_id: names the reference's weights.
     """
 
     path: Path
@@ -48,6 +52,7 @@ class Stored:
     with_reference: bool
     keep: bool
     serial: int
+    ref_id: str
 
     @property
     def position(self) -> tuple[int, int]:
@@ -63,7 +68,7 @@ class Stored:
 def write_state(directory: Path, state: RunState, **more: bool | int) -> None:
     """more: `with_reference`, `keep` and `serial` of `Stored`."""
     content = {"progress": state.progress.state_dict(), "identity": state.identity, "metrics": state.metrics}
-    write_json(directory / FILE, {"format": FORMAT, **content, **more})
+    write_json(directory / FILE, {"format": FORMAT, **content, "ref_id": state.ref_id, **more})
 
 
 def read_state(path: Path) -> Stored:

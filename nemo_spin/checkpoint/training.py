@@ -198,6 +198,8 @@ class TrainingCheckpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         publishing.remove_leftovers(self.directory)
         self._check_room(unfinished)
+        if state.unwritten is not None:
+            raise state.unwritten
         publishing.prepare(unfinished, state)
 
     def _check_room(self, unfinished: Path) -> None:
@@ -241,7 +243,7 @@ class TrainingCheckpoints:
         loaded = dist_checkpointing.load(shards, str(stored.path / "shards"))
         model.load_training_state(loaded, mid_iteration=stored.progress.iteration_step > 0)
         self._newest = stored.path
-        return stored.path, RunState(stored.progress, stored.identity, stored.metrics, files)
+        return stored.path, RunState(stored.progress, stored.identity, stored.metrics, files, stored.ref_id)
 
     def newest_whole(self, path: Path) -> Stored:
         """`path`, or the newest whole one before it; says what is wrong with those that are passed over.

@@ -33,10 +33,11 @@ _EXAMPLES, _REPORT = "examples.arrow", "report.json"
 
 @dataclass(frozen=True, slots=True)
 class TokenizedFile:
-    """One data file, tokenized."""
+    """One data file, tokenized. digest: of its examples."""
 
     examples: ExampleStore
     report: LoadReport
+    digest: str
 
 
 class SFTDataset:
@@ -45,12 +46,14 @@ class SFTDataset:
     reports: what was read and left out, for each file.
     shares: how much of each file belongs to an epoch, in the order of the examples. See `order.epoch_order`.
     stop_ids: the ids at which generation stops for examples like these.
+    digest: a hash of all examples in their order, whatever the files are called.
     """
 
     def __init__(self, files: Sequence[TokenizedFile], weights: Sequence[float], stop_ids: frozenset[int]) -> None:
         self.reports = tuple(file.report for file in files)
         self.shares = tuple(Share(len(file.examples), weight) for file, weight in zip(files, weights, strict=True))
         self.stop_ids = stop_ids
+        self.digest = key_of([file.digest for file in files])
         self._stores = [file.examples for file in files]
         self._length = sum(map(len, self._stores))
 
@@ -222,7 +225,8 @@ def _tokenize(
                 report.truncated.add(place_of(where, path))
             report.formats[encoded.kind] = report.formats.get(encoded.kind, 0) + 1
             writer.append(encoded.prompt_ids, encoded.response_ids, rejected)
-    stored = {"bytes": (directory / _EXAMPLES).stat().st_size, "report": report.to_json()}
+    size = (directory / _EXAMPLES).stat().st_size
+    stored = {"bytes": size, "digest": writer.digest, "report": report.to_json()}
     (directory / _REPORT).write_text(json.dumps(stored, indent=1), encoding="utf-8")
 
 
@@ -231,6 +235,7 @@ def _open(directory: Path) -> TokenizedFile:
     try:
         stored = json.loads((directory / _REPORT).read_text(encoding="utf-8"))
         report = LoadReport.from_json(stored["report"])
+        digest = str(stored["digest"])
         if (directory / _EXAMPLES).stat().st_size != stored["bytes"]:
             raise UnusableEntryError
         examples = ExampleStore(directory / _EXAMPLES)
@@ -238,4 +243,4 @@ def _open(directory: Path) -> TokenizedFile:
         raise UnusableEntryError from error
     if len(examples) != report.kept:
         raise UnusableEntryError
-    return TokenizedFile(examples, report)
+    return TokenizedFile(examples, report, digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from bisect import bisect_right
 from pathlib import Path
@@ -38,9 +39,14 @@ class _Column:
 
 
 class ExampleWriter:
-    """Writes examples to an Arrow file; a context manager that closes it. Raises OSError when it cannot."""
+    """Writes examples to an Arrow file; a context manager that closes it. Raises OSError when it cannot.
+
+    digest: hexadecimal, of the examples in their order, when the file is closed.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.digest = ""
+        self._hash = hashlib.sha256()
         self._writer = ArrowWriter(schema=SCHEMA, path=str(path))
         self._columns = tuple(_Column() for _ in _COLUMNS)
 
@@ -60,8 +66,11 @@ class ExampleWriter:
             self._flush()
             self._writer.finalize()
         self._writer.close()
+        self.digest = self._hash.hexdigest()
 
     def _flush(self) -> None:
+        for column in self._columns:
+            self._hash.update(column.ends.tobytes() + bytes(column.missing) + column.ids.tobytes())
         table = pa.Table.from_arrays([column.to_arrow() for column in self._columns], schema=SCHEMA)
         self._writer.write_table(table, writer_batch_size=_ROWS_AT_ONCE)
         self._columns = tuple(_Column() for _ in _COLUMNS)

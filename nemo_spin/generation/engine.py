@@ -8,8 +8,8 @@ rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -100,14 +100,33 @@ class Generator:
         self._device, self._dtype = parameter.device, parameter.dtype
         self._stage = Stage(model)
         self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device)
+        self._sampling = sampling
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a response depends on beside its request and the weights, as JSON has it."""
+        return {
+            "seed": self._seed,
+            "vocab_size": self._sampler.vocab_size,
+            "max_sequence_length": self._max_sequence_length,
+            "min_length": self._min_length,
+            "stop_ids": sorted(self.stop_ids),
+            **asdict(self._sampling),
+        }
 
     def generate(
         self,
         requests: Sequence[GenerationRequest],
         iteration: int,
         progress: Callable[[int], None] | None = None,
+        finished: Callable[[Response], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
     ) -> list[Response]:
-        """Responses in the order of the requests. progress: told how many more are finished.
+        """Responses in the order of the requests.
+
+        progress: told how many more are finished. finished: given each response as soon as it is, on every rank.
+        interrupted: asked after every step whether to end at once, and has to answer alike on every rank of the
+            model-parallel group; if so, only the responses that are finished are returned.
 
         Raises DataError if a prompt leaves no room for a response, UserError if the model's logits are not finite.
         The model is then, as after success, in the state in which it was.
@@ -125,17 +144,23 @@ class Generator:
         # Before `generating`, because megatron-core keeps them for training.
         angles = self._rotary_angles(capacity)
         with generating(self._model), kv_cache(self._model, slots, capacity) as cache:
-            while not schedule.done:
+            while not schedule.done and not (interrupted is not None and interrupted()):
                 beat()
                 admitted = schedule.admit()
                 if admitted:
                     self._prefill(admitted, len(schedule.active) - len(admitted), cache, angles, seen)
                 else:
                     self._decode(schedule.active, cache, angles, seen)
-                self._retire(schedule, cache, seen, progress)
+                ended = self._retire(schedule, cache, seen)
+                if finished is not None:
+                    for row in ended:
+                        finished(_response(requests[row.order], row))
+                if ended and progress is not None:
+                    progress(len(ended))
         return [
-            Response(request.index, tuple(row.ids), row.finish_reason or "length")
+            _response(request, row)
             for request, row in zip(requests, rows, strict=True)
+            if row.finish_reason is not None
         ]
 
     def _row(self, order: int, request: GenerationRequest, iteration: int) -> Row:
@@ -209,10 +234,8 @@ class Generator:
             return "stop"
         return "length" if len(row.ids) == row.budget else None
 
-    def _retire(
-        self, schedule: Schedule, cache: KVCache, seen: SeenTokens | None, progress: Callable[[int], None] | None
-    ) -> None:
-        """Take finished rows out of their slots and close the gaps."""
+    def _retire(self, schedule: Schedule, cache: KVCache, seen: SeenTokens | None) -> list[Row]:
+        """Take finished rows out of their slots and close the gaps; returns them."""
         finished, moves = schedule.retire()
         if moves:
             sources, destinations = torch.tensor(moves, device=self._device).T
@@ -220,5 +243,9 @@ class Generator:
             cache.move(sources, destinations, length)
             if seen is not None:
                 seen.move(sources, destinations)
-        if finished and progress is not None:
-            progress(len(finished))
+        return finished
+
+
+def _response(request: GenerationRequest, row: Row) -> Response:
+    assert row.finish_reason is not None
+    return Response(request.index, tuple(row.ids), row.finish_reason)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,25 @@ def workers() -> Iterator[Workers]:
     _pools.append(pool)
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def inputs(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A checkpoint and training data for `runs.training_run`."""
+    from runs import make_checkpoint, make_data
+
+    directory = str(tmp_path_factory.mktemp("inputs"))
+    return workers.run(make_checkpoint, directory)[0], make_data(directory)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    workers: Workers, inputs: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    from runs import finish, training_run
+
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    return finish(workers.run(training_run, *inputs, str(run_dir), tp=2)) | {"run_dir": run_dir}
 
 
 @pytest.hookimpl(trylast=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from selfplay import SelfPlay, examples
+from selfplay import SelfPlay, examples, whole_weights
 from toy import fill_deterministically
 
 from nemo_spin.config import config_dir, parse_config
@@ -165,6 +165,11 @@ def training_run(
         "progress": trainer.progress.state_dict(),
         "finished": finished,
     }
+
+
+def finish(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the first rank returned, and the weights of all."""
+    return {**results[0], "weights": whole_weights([result["shards"] for result in results])}
 
 
 def shards_of(model: MegatronGPTSPINModel) -> list:

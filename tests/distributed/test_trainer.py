@@ -11,24 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import make_checkpoint, make_data, training_run
-from selfplay import relative_distance, whole_weights
-
-
-@pytest.fixture(scope="session")
-def inputs(workers: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    directory = str(tmp_path_factory.mktemp("inputs"))
-    return workers.run(make_checkpoint, directory)[0], make_data(directory)
-
-
-def finish(results: list[dict[str, Any]]) -> dict[str, Any]:
-    return {**results[0], "weights": whole_weights([result["shards"] for result in results])}
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(workers: Any, inputs: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    run_dir = tmp_path_factory.mktemp("uninterrupted")
-    return finish(workers.run(training_run, *inputs, str(run_dir), tp=2)) | {"run_dir": run_dir}
+from runs import finish, training_run
+from selfplay import relative_distance
 
 
 def test_the_run_is_what_it_was_configured_to_be(uninterrupted: dict[str, Any]) -> None:
@@ -302,7 +286,7 @@ def a_run_whose_rollouts_are_wrong(checkpoint: str, data: str, run_dir: str) -> 
 
     right = MegatronGPTSPINModel.roll_out
 
-    def wrong(*args: Any) -> list:
+    def wrong(*args: Any, **hooks: Any) -> list:
         # As if the stop token were missing from the mask of chosen and rejected alike: the margin hardly shows it.
         return [
             dataclasses.replace(
@@ -310,7 +294,7 @@ def a_run_whose_rollouts_are_wrong(checkpoint: str, data: str, run_dir: str) -> 
                 ref_chosen_logps=rollout.ref_chosen_logps + 0.3,
                 ref_rejected_logps=rollout.ref_rejected_logps + 0.3,
             )
-            for rollout in right(*args)
+            for rollout in right(*args, **hooks)
         ]
 
     MegatronGPTSPINModel.roll_out = wrong

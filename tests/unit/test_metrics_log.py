@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_spin import metrics_log
 from nemo_spin.guards import GuardWarning
 from nemo_spin.metrics_log import MetricsLog
 from nemo_spin.progress import Progress
@@ -62,6 +65,40 @@ def test_half_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     MetricsLog(path).write("resume", Progress(), {})
     half, whole = path.read_text().splitlines()
     assert half == '{"kind": "train", "st' and json.loads(whole)["kind"] == "resume"
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    log = MetricsLog(tmp_path / "metrics.jsonl", [], warnings.append)
+    log.write("start", Progress(), {})
+    write = metrics_log._write
+
+    def half_of_it(file: FileIO, data: bytes) -> None:
+        write(file, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics_log, "_write", half_of_it)
+    for step in (1, 2):
+        log.write("train", Progress(step=step), {"loss": 0.5})
+    monkeypatch.undo()
+    log.write("train", Progress(step=3), {"loss": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3], "each of them whole, and once"
+    assert len(warnings) == 1 and "No space left on device" in warnings[0]
+
+
+def test_a_logger_that_fails_does_not_end_a_run() -> None:
+    class Failing(Recording):
+        def log_metrics(self, *args: Any) -> None:
+            raise RuntimeError("no route\nto host")
+
+    warnings: list[str] = []
+    other = logger_of("TensorBoardLogger")
+    log = MetricsLog(None, [Failing(), other], warnings.append)
+    for step in (1, 2):
+        log.write("train", Progress(step=step), {"loss": 0.5})
+    assert [name for name, _, _ in other.calls] == ["log_metrics"] * 2
+    assert len(warnings) == 1 and "Failing failed (no route to host)" in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["TensorBoardLogger", "WandbLogger", "MLFlowLogger", "AnotherLogger"])

@@ -47,3 +47,9 @@ def test_windows_of_rollouts(window: int | None, batches: int, windows: int) -> 
 )
 def test_what_is_due(interval: int | float, steps: list[int]) -> None:
     assert [i for i in range(1, 27) if plan().is_due(interval, Progress(iteration_step=i, step=100 + i))] == steps
+
+
+def test_a_window_ends_where_it_would_have_without_an_interruption() -> None:
+    windowed = plan(window=32)
+    assert [windowed.left_in_window(Progress(iteration_step=step)) for step in range(6)] == [4, 3, 2, 1, 4, 3]
+    assert plan().left_in_window(Progress(iteration_step=5)) == 26 - 5

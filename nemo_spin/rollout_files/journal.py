@@ -1,0 +1,86 @@
+"""A journal: responses as they are finished, before they are scored, one line each.
+
+The first line names the origin. A line is a CRC-32 in eight hexadecimal digits, a space, and JSON; a run that is killed
+may leave half of the last one. Lines are handed to the system at once, not forced to disk: they outlive the process,
+and what a power cut takes is generated again.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from nemo_spin.faults import reached
+from nemo_spin.generation.engine import Response
+from nemo_spin.rollout_files.part import ForeignError, Origin, UnreadableError
+from nemo_spin.rollouts import Answer
+
+
+class Journal:
+    """Writes a journal, from its first response on. One that cannot be written is given up: `error` says why."""
+
+    def __init__(self, path: Path, origin: Origin) -> None:
+        self.error: OSError | None = None
+        self._path, self._origin = path, origin
+        self._file: FileIO | None = None
+
+    def append(self, response: Response) -> None:
+        """Note a response. Never raises OSError."""
+        if self.error is not None:
+            return
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115
+                self._write(asdict(self._origin))
+            self._write({"index": response.index, "finish_reason": response.finish_reason, "ids": response.ids})
+        except OSError as error:
+            self.error = error
+            self.close()
+        else:
+            reached("rollouts/response")
+
+    def close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:
+                self.error = self.error or error
+
+    def _write(self, value: dict[str, Any]) -> None:
+        text = json.dumps(value).encode()
+        rest = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+
+def read_journal(path: Path, origin: Origin) -> dict[int, Answer]:
+    """The responses of a journal by index, up to the first line that is not whole.
+
+    Raises UnreadableError if not even its first line is, ForeignError if it is of another origin.
+    """
+    try:
+        lines = _whole_lines(path.read_bytes())
+        head = next(lines, None)
+        if head is None:
+            raise UnreadableError
+        if head != asdict(origin):
+            raise ForeignError
+        return {line["index"]: Answer(array("i", line["ids"]), line["finish_reason"]) for line in lines}
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UnreadableError from error
+
+
+def _whole_lines(data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.split(b"\n")[:-1]:
+        crc, _, text = line.partition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
+            return
+        yield json.loads(text)
