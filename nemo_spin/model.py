@@ -28,6 +28,7 @@ from nemo_spin.errors import UserError
 from nemo_spin.export import Content, LiveWeights
 from nemo_spin.generation.end_strings import ends_with_any
 from nemo_spin.generation.engine import Generator
+from nemo_spin.guards import trainable
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.diagnosis import Diagnosis, diagnose
 from nemo_spin.megatron.gpt import build_gpt
@@ -176,14 +177,14 @@ class MegatronGPTSPINModel(ModelPT):
         self.optimizer.start(lr, total_steps, steps_done, fresh)
 
     def train_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
-        """One optimizer step on a global batch of pairs; the metrics of the batch, as `spin_step` says them."""
-        metrics = steps.spin_step(self.optimizer, pairs, beta, self._train_batching)
+        """One optimizer step on the `trainable` pairs of a global batch; their metrics, as `spin_step` says them."""
+        metrics = steps.spin_step(self.optimizer, trainable(pairs), beta, self._train_batching)
         if not metrics["skipped"]:
             self.reference.policy_moved()
         return metrics
 
     def diagnose(self, pairs: Sequence[Pair]) -> Diagnosis:
-        """What is not finite after a `train_step` on these pairs that was skipped."""
+        """What is not finite after a `train_step` that was skipped, on the pairs that it was made on."""
         return diagnose(self.gpt, pairs, self._train_batching)
 
     def validation_step(self, examples: Sequence[Example]) -> tuple[float, int]:  # type: ignore[override]

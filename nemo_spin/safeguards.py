@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.errors import UserError
-from nemo_spin.guards import TREND_STEPS, GuardWarning, falling_chosen_warning, rollout_warnings
+from nemo_spin.guards import TREND_STEPS, GuardWarning, falling_chosen_warning, rollout_warnings, trainable
 from nemo_spin.non_finite_report import advice, write_report
 from nemo_spin.pairs import Pair
 from nemo_spin.progress import Progress
@@ -65,6 +65,7 @@ class Safeguards:
         self.reporter.warn(GuardWarning("skipped_step", text), progress)
         if progress.skipped_in_a_row <= limit:
             return
+        pairs = trainable(pairs)
         diagnosis = self.model.diagnose(pairs)
         settings = {
             "lr": metrics["lr"],

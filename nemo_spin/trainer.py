@@ -33,7 +33,6 @@ from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import epoch_order, epoch_size, index_batches
 from nemo_spin.faults import reached
-from nemo_spin.guards import trainable
 from nemo_spin.identity import identity_of_run
 from nemo_spin.iteration_rollouts import IterationRollouts
 from nemo_spin.losses import check_policy_equals_reference
@@ -200,18 +199,17 @@ class SPINTrainer:
     def train_step(self, batch: PairBatch) -> dict[str, float]:
         """One optimizer step on a global batch of pairs; where loss or gradient are not finite, it changes nothing."""
         beta = self.cfg.spin.ref_policy_kl_penalty[self.progress.iteration]
-        pairs = trainable(batch.pairs)
         with self.stopwatch.measure("train_step"):
-            metrics = self.model.train_step(pairs, beta)
+            metrics = self.model.train_step(batch.pairs, beta)
         skipped = metrics.pop("skipped") > 0
         if self.progress.policy_is_reference and not skipped:
             check_policy_equals_reference(metrics, beta, self.cfg.precision)
         self.progress.advance(len(batch.pairs), skipped)
         reached("train/step")
         seconds = self.stopwatch.last["train_step"]
-        return self.safeguards.after_step(metrics, skipped, pairs, self.progress) | {
+        return self.safeguards.after_step(metrics, skipped, batch.pairs, self.progress) | {
             "time/train_step": seconds,
-            "throughput/train_tokens_per_second": sum(pair.num_tokens for pair in pairs) / seconds,
+            "throughput/train_tokens_per_second": sum(pair.num_tokens for pair in batch.pairs) / seconds,
             "memory/peak_gib": self.model.peak_memory() / 2**30,
         }
 
