@@ -142,6 +142,26 @@ def test_the_state_decides_which_is_newest_and_the_pointer_does_not(workers: Any
     ]
 
 
+def resume_from_a_wrong_step(directory: str) -> tuple[float, list[str]]:
+    from small_state import Run
+
+    run = Run(directory)
+    run.save(3, keep=True)
+    run.save(8)
+    if dist.get_rank() == 0:
+        file = run.directory / NAME.format(8) / "state.json"
+        # one bit: 8 becomes 0, and the newest one the oldest
+        file.write_text(file.read_text().replace('"step": 8', '"step": 0'))
+    dist.barrier()
+    return run.resumed_value(), run.said
+
+
+def test_a_newest_checkpoint_that_is_damaged_to_look_old_is_named(workers: Any, tmp_path: Path) -> None:
+    value, said = workers.run(resume_from_a_wrong_step, str(tmp_path))[0]
+    assert value == 3
+    assert NAME.format(8) in said[0] and "state.json is not what was written" in said[0]
+
+
 # ---------------------------------------------------------------------------------------------- being killed
 
 
