@@ -115,21 +115,6 @@ class _Machine(pickle._Unpickler):  # the documented one is C, and can not be ch
             raise pickle.UnpicklingError(f"it fills a {type(self.stack[-1]).__name__}")
         self.stack[-1].state = state
 
-    def load_newobj(self) -> None:
-        args = self.stack.pop()
-        self.stack.append(_made(self.stack.pop(), args))
-
-    def load_newobj_ex(self) -> None:
-        kwargs, args = self.stack.pop(), self.stack.pop()
-        self.stack.append(_made(self.stack.pop(), (*args, *kwargs.values())))
-
-    def load_reduce(self) -> None:
-        args = self.stack.pop()
-        self.stack[-1] = _made(self.stack[-1], args)
-
-    def _instantiate(self, klass: Any, args: Any) -> None:
-        self.append(_made(klass, args))
-
     def load_dict(self) -> None:
         items = self.pop_mark()
         self.append({_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
@@ -176,9 +161,6 @@ class _Machine(pickle._Unpickler):  # the documented one is C, and can not be ch
         raise pickle.UnpicklingError("it names a class by a number")
 
     dispatch[pickle.BUILD[0]] = load_build
-    dispatch[pickle.NEWOBJ[0]] = load_newobj
-    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
-    dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.DICT[0]] = load_dict
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
@@ -188,12 +170,6 @@ class _Machine(pickle._Unpickler):  # the documented one is C, and can not be ch
     dispatch[pickle.LONG[0]] = load_long
     dispatch[pickle.LONG1[0]] = load_long1
     dispatch[pickle.LONG4[0]] = load_long4
-
-
-def _made(called: Any, args: Any) -> StandIn:
-    if isinstance(called, StandIn) or (isinstance(called, type) and issubclass(called, StandIn)):
-        return called(*args)
-    raise pickle.UnpicklingError(f"it calls a {type(called).__name__}")
 
 
 def _check_number(number: int) -> None:
