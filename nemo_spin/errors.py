@@ -8,15 +8,6 @@ from __future__ import annotations
 EXIT_CODE = 2
 
 
-def one_line(error: BaseException) -> str:
-    """What another library says, as a part of a sentence: on one line, in characters that terminals show, not too long.
-
-    The name of the error's class where it says nothing.
-    """
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)[:500]
-
-
 class UserError(Exception):
     """Something the user can put right: a path, a key, a value, a line of data."""
 
@@ -61,3 +52,9 @@ def printable(text: str) -> str:
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode("ascii") for each in text
     )
+
+
+def one_line(error: BaseException) -> str:
+    """What another library says, as a part of a sentence: on one line, for a terminal, not too long; the name of the
+    error's class where it says nothing."""
+    return printable(" ".join(str(error).split()).rstrip(".") or type(error).__name__)[:500]

@@ -113,6 +113,10 @@ def put(cfg: Any, key: str, value: Any) -> None:
     cfg[name] = value
 
 
+# one key, and anything as its value
+SETTINGS = st.tuples(st.sampled_from([key for key in ALL_KEYS if key not in KEYS]), ANYTHING)
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> Any:
     """The shipped configuration with a few keys set to anything, missing, or more."""

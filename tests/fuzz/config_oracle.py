@@ -67,6 +67,8 @@ FIELDS: dict[type, dict[str, Test]] = {
         "gradient_clip_val": _at_least_0,
         "max_seconds": _none_or(_above_0),
         "log_samples": _whole(0),
+        "max_skipped_steps": _whole(0),
+        "hang_timeout": _at_least_0,
     },
     schema.SamplingParams: {
         "use_greedy": _flag,
@@ -75,6 +77,10 @@ FIELDS: dict[type, dict[str, Test]] = {
         "top_p": _real(lambda value: 0 < value <= 1),
         "repetition_penalty": _above_0,
         "end_strings": _tuple(_text),
+    },
+    schema.GuardsConfig: {
+        **dict.fromkeys(("empty", "repeated", "cut_off"), _none_or(_real(lambda value: 0 < value <= 1))),
+        **dict.fromkeys(("entropy", "falling_chosen"), _none_or(_above_0)),
     },
     schema.LengthParams: {"max_length": _whole(0), "min_length": _whole(0)},
     schema.AlgorithmConfig: {

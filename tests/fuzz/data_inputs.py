@@ -183,6 +183,12 @@ def _damaged(draw: st.DrawFn, line: Line) -> Line:
 _line = st.one_of(_sound, _sound, _odd, _odd, _hostile, _sound.flatmap(_damaged), _blank)
 
 
+# So that a bad line that is read stands out among the counts.
+_ONE_BAD = st.builds(
+    lambda before, bad, after: [*before, bad, *after], st.lists(_sound, max_size=2), _bad, st.lists(_sound, max_size=2)
+)
+
+
 def zstd(data: bytes) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, "zstd") as stream:
@@ -196,7 +202,7 @@ COMPRESSIONS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress
 
 @st.composite
 def data_files(draw: st.DrawFn) -> DataFile:
-    lines = draw(st.lists(_line, max_size=8))
+    lines = draw(st.lists(_line, max_size=8) | _ONE_BAD)
     content = b"".join(line.text + draw(st.sampled_from([b"\n", b"\r\n"])) for line in lines)
     if draw(st.booleans()):
         content = content.removesuffix(b"\n")
