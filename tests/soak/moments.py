@@ -43,6 +43,7 @@ class Moment:
     delay: float
     victims: list[int]
     doing: str = ""
+    _made: float = field(default_factory=time.time, repr=False)
     _since: float | None = field(default=None, repr=False)
 
     def strike(self, processes: list[int]) -> None:
@@ -63,7 +64,11 @@ class Moment:
         return self.phase in (None, current_phase(self.run.directory, self.victims[0]))
 
     def _is_writing(self) -> bool:
-        return any((self.run.run_dir / "checkpoints").glob(".unfinished-iteration*"))
+        """Whether this start is; an earlier one may have left what it was writing."""
+        unfinished = (self.run.run_dir / "checkpoints").glob(".unfinished-iteration*")
+        with suppress(FileNotFoundError):
+            return any(path.stat().st_ctime > self._made for path in unfinished)
+        return False
 
 
 def draw(chance: random.Random, run: KillableRun, lengths: dict[str, float]) -> Moment:
