@@ -95,7 +95,7 @@ def noted_run(
         mock.patch.object(Generator, "generate", notes.generate(Generator.generate)),
         mock.patch.object(MegatronGPTSPINModel, "train_step", notes.train_step(MegatronGPTSPINModel.train_step)),
         mock.patch.object(Stopping, "ask", lambda stopping: notes.ask(stopping)),
-        mock.patch.object(Stopping, "interrupted", lambda stopping: notes.interrupted()),
+        mock.patch.object(Stopping, "interrupted", notes.interrupted),
         mock.patch.object(Reporter, "say", lambda _, message: notes.said.append(message)),
     ):
         result = training_run(*args, **SMALL_CHUNKS | kwargs)
