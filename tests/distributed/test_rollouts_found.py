@@ -119,10 +119,13 @@ def test_a_full_disk_does_not_end_the_rollouts(
     workers: Any, inputs: tuple[str, str], in_one_go: dict[str, Any], tmp_path: Path
 ) -> None:
     run_dir = str(tmp_path / "run")
-    (result,) = workers.run(noted_run, *inputs, run_dir, parts_without_room=2, **ONE_ITERATION)
-    told = [line for line in result["said"] if "rollouts/iteration-000" in line]
-    assert "cannot be written" in told[0] and "No space left on device" in told[0]
-    assert "again" in told[1] and len(told) == 2
+    # Three chunks, and again when the first checkpoint is due, which cannot be without them.
+    saving = {"trainer.spin.save_interval": 1}
+    (result,) = workers.run(noted_run, *inputs, run_dir, parts_without_room=4, **ONE_ITERATION, **saving)
+    told = [line for line in result["said"] if "cannot be written" in line or "could not be" in line or "again" in line]
+    assert "rollouts cannot be written" in told[0] and "No space left on device" in told[0]
+    assert "iteration-000-step-0000001 could not be written (No space left on device)" in told[1]
+    assert "Rollouts are written to" in told[2] and "the disk takes checkpoints again" in told[3] and len(told) == 4
     rows = [index for path in parts_in(run_dir) for index in pq.read_table(path).column("index").to_pylist()]
     assert sorted(rows) == sorted(ALL)
     losses = [h["loss"] for h in result["history"]]
