@@ -83,7 +83,8 @@ def guarded(function: Callable[[], int | None]) -> int:
         if isinstance(error, LostPeerError) or is_lost_peer(error):
             time.sleep(_SECONDS_OF_SILENCE)
         if not isinstance(error, LostPeerError):
-            _print_error(f"rank {os.environ['RANK']}: {type(error).__name__}: {error}")
+            first_line = (str(error).splitlines() or [""])[0]
+            _print_error(f"rank {os.environ['RANK']}: {type(error).__name__}: {first_line}")
             traceback.print_exc()
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             _print_error(f"rank {os.environ['RANK']} ends because {error}")
