@@ -252,10 +252,10 @@ def run_with_bad_scores(
 
     right = MegatronGPTSPINModel.roll_out
 
-    def roll_out(*args: Any) -> list:
+    def roll_out(*args: Any, **kwargs: Any) -> list:
         return [
             dataclasses.replace(r, ref_chosen_logps=r.ref_chosen_logps + shift) if r.index in indices else r
-            for r in right(*args)
+            for r in right(*args, **kwargs)
         ]
 
     MegatronGPTSPINModel.roll_out = roll_out
