@@ -46,16 +46,14 @@ _SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 class Inputs:
     """Everything a run needs before its weights: checked, and nothing written yet.
 
-    checkpoint: the SFT model; chosen says so where it is one of several. run_dir: where the run writes. resume_from:
-    the checkpoint to go on from, if any. context_length: most tokens of prompt and response. memory: what each device
-    will hold.
+    checkpoint: the SFT model; chosen says so where it is one of several. run_dir: where the run writes. context_length:
+    most tokens of prompt and response. memory: what each device will hold.
     """
 
     cfg: SpinConfig
     checkpoint: Path
     chosen: str | None
     run_dir: Path
-    resume_from: Path | None
     context_length: int
     train_dataset: SFTDataset
     validation_dataset: SFTDataset | None
@@ -71,7 +69,7 @@ def preflight(cfg: DictConfig) -> Inputs:
     """
     spin = parse_config(cfg)
     run_dir = experiment.run_dir(cfg)
-    resume_from = experiment.checkpoint_to_resume(cfg, run_dir)
+    experiment.checkpoint_to_resume(cfg, run_dir)  # refused before anything is loaded
     with open_checkpoint(spin.restore_from_path) as source:
         tokenizer = restore_tokenizer(source, spin.tokenizer and dataclasses.asdict(spin.tokenizer))
         architecture = source.architecture(tokenizer.vocab_size)
@@ -107,7 +105,7 @@ def preflight(cfg: DictConfig) -> Inputs:
     memory = estimate(architecture, spin, train.longest, context_length, len(train))
     check_fits(memory, spin)
     experiment.check_loggers(cfg.exp_manager)
-    return Inputs(spin, source.path, source.chosen, run_dir, resume_from, context_length, train, validation, memory)
+    return Inputs(spin, source.path, source.chosen, run_dir, context_length, train, validation, memory)
 
 
 def _load(cfg: DatasetConfig, tokenizer: TextTokenizer, context_length: int) -> SFTDataset:
@@ -173,8 +171,8 @@ def _train(cfg: DictConfig, inputs: Inputs, reporter: Reporter, notes: Sequence[
     trainer = SPINTrainer(
         spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
     )
-    # A file system may show one machine what it does not show another yet.
-    if resume_from := of_first(lambda: inputs.resume_from):
+    # Looked up now that no other run writes there, and once: a file system may show machines different things.
+    if resume_from := of_first(lambda: experiment.checkpoint_to_resume(cfg, inputs.run_dir)):
         beat("loading the checkpoint to resume from")
         reporter.say(f"Resumed from {trainer.resume(resume_from)}")
     reached("run/started")
