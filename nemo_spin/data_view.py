@@ -15,7 +15,7 @@ from nemo_spin.checkpoint.tokenizer_description import from_path
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.tokenizer import TextTokenizer
-from nemo_spin.errors import EXIT_CODE, DataError
+from nemo_spin.errors import EXIT_CODE, DataError, printable
 from nemo_spin.tokenizers import build_tokenizer
 
 _NO_LIMIT = 2**31 - 1
@@ -74,7 +74,7 @@ def _tokenizer(checkpoint: str | None, tokenizer_path: str | None) -> tuple[Text
 
 def _summary(report: LoadReport) -> Iterator[str]:
     total = report.read + report.skipped_count
-    yield f"{report.path}: {total:,} records, {report.kept:,} of them used"
+    yield f"{printable(report.path)}: {total:,} records, {report.kept:,} of them used"
     for kind, count in report.formats.items():
         yield f"  {count:,} in the format {kind}"
     if report.truncated.count:

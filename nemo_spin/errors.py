@@ -9,7 +9,13 @@ EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """Something the user can put right: a path, a key, a value, a line of data."""
+    """Something the user can put right: a path, a key, a value, a line of data.
+
+    Its sentence may quote a stranger's file: it is made safe for a terminal.
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(printable(sentence))
 
 
 class ConfigError(UserError):
@@ -29,13 +35,7 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, incomplete, or of a kind that is not supported.
-
-    Its sentence may quote a stranger's file: it is made safe for a terminal.
-    """
-
-    def __init__(self, sentence: str = "") -> None:
-        super().__init__(printable(sentence))
+    """A checkpoint that is missing, incomplete, or of a kind that is not supported."""
 
 
 # A sentence with two paths and a list of names is shorter.

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_spin.errors import DataError
+from nemo_spin.errors import DataError, printable
 
 PLACES_SHOWN = 5
 _REASONS_KEPT = 50
@@ -71,8 +71,9 @@ class LoadReport:
 
     def skip(self, where: str, place: str, error: DataError) -> None:
         """Note a record that cannot be used."""
-        self.first_error = self.first_error or str(error).removeprefix(self.path)
-        reason = reason_of(str(error).removeprefix(f"{where}: "))
+        sentence = str(error)
+        self.first_error = self.first_error or sentence.removeprefix(printable(self.path))
+        reason = reason_of(sentence.removeprefix(printable(f"{where}: ")))
         if reason not in self.skipped and len(self.skipped) >= _REASONS_KEPT:
             reason = "other reasons"
         self.skipped.setdefault(reason, Noted()).add(place)

@@ -113,6 +113,26 @@ def put(cfg: Any, key: str, value: Any) -> None:
     cfg[name] = value
 
 
+# what is at the edge of a range, or of another type, alone and in lists
+EDGES = [
+    *_NUMBERS,
+    "",
+    "???",
+    "1",
+    "\0",
+    "\ud800",
+    "\n",
+    b"\x01",
+    [],
+    {},
+    {1: 2},
+    [None],
+    ["", "a"],
+    [["a"]],
+    [True, False],
+]
+EDGES += [wrapped for number in _NUMBERS for wrapped in ([number], [number, 0.5])]
+READ_KEYS = sorted({f"{section}.{name}" for section, names in KEYS.items() for name in names if section} - {*KEYS})
 # one key, and anything as its value
 SETTINGS = st.tuples(st.sampled_from([key for key in ALL_KEYS if key not in KEYS]), ANYTHING)
 

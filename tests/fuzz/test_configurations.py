@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_inputs import FILES, GIVEN, OVERRIDES, SETTINGS, SHIPPED, configurations, put
+from config_inputs import EDGES, FILES, GIVEN, OVERRIDES, READ_KEYS, SETTINGS, SHIPPED, configurations, put
 from config_oracle import broken_promises
 from fuzzing import Fuzz, check_sentence
 from hydra import compose, initialize_config_dir
@@ -32,11 +32,23 @@ from nemo_spin.config.translate import translate
 from nemo_spin.errors import ConfigError
 
 
-def test_values(fuzz: Fuzz) -> None:
-    """One key at a time, without OmegaConf, which would take nine tenths of the time."""
+@pytest.fixture(scope="module")
+def base() -> dict[str, Any]:
+    """The shipped configuration, resolved, with what has to be given."""
     base = resolved({**SHIPPED, "pretrained_checkpoint": {"restore_from_path": "sft.nemo"}})
     base["model"]["data"]["train_ds"]["file_path"] = "train.jsonl"
-    tally = fuzz(SETTINGS, lambda setting: check_value(base, *setting), number=800)
+    return base
+
+
+@pytest.mark.parametrize("key", READ_KEYS)
+def test_every_edge_of_a_key(base: dict[str, Any], key: str) -> None:
+    outcomes = {check_value(base, key, value) for value in EDGES}
+    assert "refused" in outcomes
+
+
+def test_values(fuzz: Fuzz, base: dict[str, Any]) -> None:
+    """One key at a time, without OmegaConf, which would take nine tenths of the time."""
+    tally = fuzz(SETTINGS, lambda setting: check_value(base, *setting), number=300)
     assert tally.outcomes["taken"] > 0.03 * tally.tried and tally.outcomes["refused"] > 0.03 * tally.tried
 
 

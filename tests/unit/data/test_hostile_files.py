@@ -17,6 +17,7 @@ import pytest
 from nemo_spin.data import jsonl, store, tables
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.data.records import identity_of, read_records
+from nemo_spin.data_view import _summary
 from nemo_spin.errors import DataError
 
 LINE = b'{"input": "x", "output": "y"}\n'
@@ -40,6 +41,20 @@ def test_a_line_that_is_too_long_is_not_kept(tmp_path, tokenizer, monkeypatch, c
     dataset = load_dataset(path, tokenizer, max_seq_length=2000, on_bad_record="skip")
     assert len(dataset) == 4
     assert [noted.places for noted in dataset.reports[0].skipped.values()] == [["line 3", "line 5"]]
+
+
+def test_a_name_that_no_terminal_shows(tmp_path, tokenizer, capsys):
+    """Files keep names that are no text; sentences and reports do not."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.jsonl")
+    with open(path, "wb") as file:
+        file.write(LINE + b"broken\n")
+    assert refusal(path) == f"{tmp_path}/\\udcff\\n.jsonl:2: not valid JSON at column 1 (Expecting value): " + (
+        "write one JSON object per line"
+    )
+    dataset = load_dataset(path, tokenizer, max_seq_length=9, on_bad_record="skip")
+    assert list(dataset.reports[0].skipped) == ["not valid JSON at column N"]
+    print(*_summary(dataset.reports[0]), sep="\n")
+    assert "\\udcff\\n.jsonl: 2 records, 1 of them used" in capsys.readouterr().out
 
 
 def test_a_key_that_is_there_twice_is_refused(write):
