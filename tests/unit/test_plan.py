@@ -13,7 +13,7 @@ from nemo_spin.progress import Progress
 LOOP = LoopConfig(
     max_iterations=3, max_epochs=2, max_steps=-1, val_check_interval=0, save_interval=0, limit_train_batches=1.0,
     limit_val_batches=1.0, gradient_clip_val=1.0, max_seconds=None, log_samples=0,
-    max_skipped_steps=3,
+    max_skipped_steps=3, hang_timeout=0.0,
 )  # fmt: skip
 
 
