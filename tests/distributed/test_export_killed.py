@@ -1,4 +1,4 @@
-"""A run that is killed while it writes its result: the same command writes it, whole, and leaves nothing else behind."""
+"""A run that is killed while it writes its result: the same command writes it, whole, and leaves nothing else."""
 
 from __future__ import annotations
 
