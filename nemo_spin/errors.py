@@ -11,11 +11,11 @@ EXIT_CODE = 2
 class UserError(Exception):
     """Something the user can put right: a path, a key, a value, a line of data.
 
-    Its sentence may quote a stranger's file: it is made safe for a terminal.
+    Its sentence is put on one line and, because it may quote a stranger's file, made safe for a terminal.
     """
 
     def __init__(self, sentence: str = "") -> None:
-        super().__init__(printable(sentence))
+        super().__init__(printable(" ".join(sentence.splitlines())))
 
 
 class ConfigError(UserError):

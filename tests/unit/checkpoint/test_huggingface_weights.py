@@ -72,7 +72,8 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     model, loading = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     with torch.no_grad():
-        assert torch.equal(model.eval()(token_ids()).logits, expected)
+        # the same weights at other addresses: the last bits may differ
+        torch.testing.assert_close(model.eval()(token_ids()).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama2", "llama-mqa", "llama-biases", "qwen3"])
