@@ -341,7 +341,7 @@ def _(place: Place) -> bytes:
     return b"\x80\x04\x8f(" + _DOUBLED + b"\x90."
 
 
-@in_metadata("a number of 10,000 digits")
+@in_metadata("a number of 10,000 digits", "it holds a number of 39999 bits")
 def _(place: Place) -> bytes:
     return b"\x80\x02\x8b" + struct.pack("<i", 5000) + b"\x7f" * 5000 + b"."
 
@@ -617,6 +617,7 @@ for name, text, words in (
     ("aliases of aliases", LAUGHS, "more than 200000 values"),
     ("merged aliases", MERGES, "more than 200000 values"),
     ("an alias to what it stands in", "own: &own [*own]", "an alias to what it stands in"),
+    ("a depth of 100", "deep: " + "[" * 100 + "]" * 100, "nested more than 64 deep"),
     ("a depth of 100,000", "deep: " + "[" * 100_000, "nested more than 64 deep"),
     ("code", "code: !!python/object/apply:os.system ['touch {mark}']", "could not determine a constructor"),
     ("a number of 100,000 digits", "num_layers_: " + "9" * 100_000, "a number of 100000 digits"),
@@ -670,7 +671,7 @@ for name, node, words in (
 
     @attack("nemo1", words, f"a tokenizer with {name}")
     def tokenizer(place: Place, node: dict[str, Any] = node) -> Path:
-        relative = os.path.relpath(place.secret, place.path)
+        relative = "../" * 12 + str(place.secret).lstrip("/")
         filled = json.loads(json.dumps(node).replace("{secret}", str(place.secret)).replace("{relative}", relative))
         _configured(place, tokenizer=filled)
         return archive(place)

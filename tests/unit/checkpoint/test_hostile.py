@@ -37,6 +37,7 @@ from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.cli import main
 from nemo_spin.errors import CheckpointError, DataError, UserError
 from nemo_spin.tokenizers import build_tokenizer
+from nemo_spin.tokenizers.own_files import as_directory, read_own_files
 
 ROOM = 2**31  # bytes that an attack may add to this process
 SECONDS = 300
@@ -285,6 +286,19 @@ def test_a_chat_template_reaches_nothing(good: dict[str, Path], place: Place, te
     with pytest.raises(DataError):
         tokenizer.render_chat([{"role": "user", "content": "x"}], add_generation_prompt=True)
     assert not place.mark.exists()
+
+
+def test_settings_of_a_tokenizer_name_no_files_and_no_code(good: dict[str, Path], place: Place) -> None:
+    """transformers 4 reads what they name; transformers 5 does not."""
+    for name in ("hf: a vocabulary elsewhere", "hf: code of a tokenizer"):
+        path = made(place, good, name)
+        files = read_own_files(path)
+        settings = json.loads(files["tokenizer_config.json"])
+        assert not {"vocab_file", "merges_file", "spm_file", "auto_map"} & settings.keys()
+        with as_directory(files, path) as copy:
+            assert "auto_map" not in (copy / "config.json").read_text()
+            assert not list(copy.glob("*.py"))
+        shutil.rmtree(path)
 
 
 def test_a_tokenizer_of_the_hub_reaches_nothing(good: dict[str, Path], place: Place, monkeypatch: Any) -> None:
