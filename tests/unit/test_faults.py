@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +31,9 @@ def test_a_process_is_killed_where_it_is_asked_for(environment: dict[str, str], 
     ended = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert ended.stdout.split() == list(lived)
     assert ended.returncode == (0 if lived == "012" else -9)
+
+
+def test_a_process_is_killed_once(tmp_path: Path) -> None:
+    environment = {"NEMO_SPIN_KILL_AT": "train/step", "NEMO_SPIN_KILL_ONCE": str(tmp_path / "killed")}
+    codes = [subprocess.run([sys.executable, "-c", SCRIPT], env=environment).returncode for _ in range(2)]
+    assert codes == [-9, 0]
