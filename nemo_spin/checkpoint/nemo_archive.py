@@ -82,6 +82,7 @@ def unpack(archive: str | Path, directory: str | Path, wanted: Callable[[str], b
     """
     directory = Path(directory)
     with _readable(archive) as (stream, members):
+        directory.mkdir(parents=True, exist_ok=True)
         chosen = [member for member in members if member.is_file and wanted(member.name)]
         _check_room(archive, directory, sum(member.size for member in chosen))
         for member in chosen:

@@ -585,6 +585,11 @@ def targets_in_model_yaml(place: Place) -> None:
     file.write_text(yaml.safe_dump(config))
 
 
+@attack("nemo2", "cannot be understood")
+def a_list_for_the_configuration(place: Place) -> None:
+    (place.path / "context" / "model.yaml").write_text("config: [1]\n")
+
+
 @attack("nemo1", None)
 def interpolations_that_reach_outside(place: Place) -> Path:
     outside = {
@@ -636,9 +641,10 @@ def doubling(place: Place) -> None:
 
 
 for name, changes, words in (
-    ("10^12 layers", {"num_layers": 10**12}, "holds no tensor"),
-    ("a list for a number", {"rotary_base": [1]}, "cannot be understood"),
-    ("a mapping for a name", {"activation": {"a": 1}}, "cannot be understood"),
+    ("2^30 layers", {"num_layers": 2**30}, "holds no tensor"),
+    ("10^12 layers", {"num_layers": 10**12}, "says num_layers: 1000000000000"),
+    ("a list for a number", {"rotary_base": [1]}, r"says rotary_base: \[1\]"),
+    ("a mapping for a name", {"activation": {"a": 1}}, "says activation: "),
     ("a number beyond all floats", {"rotary_base": 10**350}, "a number of 351 digits"),
 ):
 
