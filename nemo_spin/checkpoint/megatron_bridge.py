@@ -77,7 +77,7 @@ def architecture_from_run_config(
         raise CheckpointError(
             f"{where} says model.restore_modelopt_state: true, and quantized weights are not supported."
         )
-    fields = {name: value for name, value in model.items() if name not in _INERT and not name.startswith(_YARN)}
+    fields = {name: value for name, value in model.items() if name not in _INERT and not str(name).startswith(_YARN)}
     return architecture_from_fields(fields, tensors, vocab_size, where, section="model.")
 
 
