@@ -21,7 +21,7 @@ from nemo_spin.checkpoint.run_state import RunState, stored_in, write_state
 from nemo_spin.checkpoint.sharded import ShardWriter
 from nemo_spin.faults import reached
 
-_UNFINISHED = ".unfinished-"
+_UNFINISHED, _REMOVED = ".unfinished-", ".removed-"
 
 
 def unfinished_directory(directory: Path, state: RunState) -> Path:
@@ -36,8 +36,8 @@ def finished_directory(unfinished: Path) -> Path:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """What killed runs were writing."""
-    for path in directory.glob(f"{_UNFINISHED}*"):
+    """What killed runs were writing, or removing."""
+    for path in (*directory.glob(f"{_UNFINISHED}*"), *directory.glob(f"{_REMOVED}*")):
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         (directory / "latest.tmp").unlink()
@@ -90,7 +90,7 @@ def publish(
         reached("checkpoint/pointer-moved")
         stored, _ = stored_in(directory)
         for path in retention.superfluous(stored, target):
-            shutil.rmtree(path)
+            _remove(path)
         reached("checkpoint/old-removed")
     except OSError as error:
         notes.append(f"after {target.name} was written: {error}")
@@ -108,6 +108,14 @@ def _seal(unfinished: Path, digests: dict[str, manifest.Digest]) -> None:
     manifest.write_manifest(unfinished, digests)
     for path in (unfinished / manifest.FILE, *directories, unfinished):
         sync(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint. It loses its name first: half of one would be taken for one that is damaged."""
+    going = path.with_name(_REMOVED + path.name)
+    os.rename(path, going)
+    reached("checkpoint/old-set-aside")
+    shutil.rmtree(going)
 
 
 def _free_name(wanted: Path) -> Path:

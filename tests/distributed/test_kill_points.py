@@ -31,10 +31,11 @@ CHAINS = {
         At("checkpoint/begun"),
         At("checkpoint/shards-written", rank=2),
         At("checkpoint/manifest-written", times=2),
+        At("iteration/refreshed", rank=1),
         At("checkpoint/renamed"),
         At("checkpoint/pointer-moved"),
+        At("checkpoint/old-set-aside"),
         At("checkpoint/old-removed"),
-        At("iteration/refreshed", rank=1),
     ),
 }
 # In a run that has been trained already.

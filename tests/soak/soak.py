@@ -24,8 +24,8 @@ from moments import Moment, draw, phase_lengths
 from run_endings import differences
 from run_notes import History, history_of, read_notes
 
-_KILLS = ("kill", "life", "killed", "while", "others ended by themselves", "went on from step", "steps made again",
-          "responses asked again")  # fmt: skip
+_KILLS = ("kill", "life", "killed", "while", "others gone by themselves within 2 s", "went on from step",
+          "steps made again", "responses asked again")  # fmt: skip
 _LIVES = ("life", "starts", "kills", "end", "left in TMPDIR")
 
 
