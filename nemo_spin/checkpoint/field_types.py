@@ -26,8 +26,11 @@ _FLAGS = """
 _TEXTS = ["position_embedding_type", "normalization", "activation"]
 
 
+_LARGEST_COUNT = 2**31 - 1
+
+
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
+    return type(value) is int and 0 <= value <= _LARGEST_COUNT
 
 
 def _is_number(value: Any) -> bool:
@@ -42,8 +45,10 @@ def _is_number(value: Any) -> bool:
 
 # field -> what it has to be, in words, and whether a value is that
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(_COUNTS, ("a whole number above 0", lambda value: _is_count(value) and value > 0)),
-    **dict.fromkeys(_COUNTS_OR_0, ("a whole number", _is_count)),
+    **dict.fromkeys(
+        _COUNTS, (f"a whole number from 1 to {_LARGEST_COUNT}", lambda value: _is_count(value) and value > 0)
+    ),
+    **dict.fromkeys(_COUNTS_OR_0, (f"a whole number from 0 to {_LARGEST_COUNT}", _is_count)),
     **dict.fromkeys(_NUMBERS, ("a number above 0", lambda value: _is_number(value) and float(value) > 0)),
     **dict.fromkeys(_NUMBERS_OR_0, ("a number of at least 0", _is_number)),
     **dict.fromkeys(_FLAGS, ("true or false", lambda value: isinstance(value, bool))),
