@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nemo_spin.errors import DataError, printable
+from nemo_spin.errors import DataError
 
 PLACES_SHOWN = 5
 _REASONS_KEPT = 50
@@ -72,8 +72,10 @@ class LoadReport:
     def skip(self, where: str, place: str, error: DataError) -> None:
         """Note a record that cannot be used."""
         sentence = str(error)
-        self.first_error = self.first_error or sentence.removeprefix(printable(self.path))
-        reason = reason_of(sentence.removeprefix(printable(f"{where}: ")))
+        # as they stand in a sentence, which is safe for a terminal
+        path, where = str(DataError(self.path)), str(DataError(f"{where}: "))
+        self.first_error = self.first_error or sentence.removeprefix(path)
+        reason = reason_of(sentence.removeprefix(where))
         if reason not in self.skipped and len(self.skipped) >= _REASONS_KEPT:
             reason = "other reasons"
         self.skipped.setdefault(reason, Noted()).add(place)

@@ -48,7 +48,7 @@ def test_a_name_that_no_terminal_shows(tmp_path, tokenizer, capsys):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.jsonl")
     with open(path, "wb") as file:
         file.write(LINE + b"broken\n")
-    assert refusal(path) == f"{tmp_path}/\\udcff\\n.jsonl:2: not valid JSON at column 1 (Expecting value): " + (
+    assert refusal(path) == f"{tmp_path}/\\udcff .jsonl:2: not valid JSON at column 1 (Expecting value): " + (
         "write one JSON object per line"
     )
     dataset = load_dataset(path, tokenizer, max_seq_length=9, on_bad_record="skip")
