@@ -17,7 +17,7 @@ from collections.abc import Callable, MutableMapping
 from signal import SIG_DFL, SIGINT, signal
 
 from nemo_spin.config.schema import ParallelConfig
-from nemo_spin.errors import EXIT_CODE, ConfigError, UserError
+from nemo_spin.errors import EXIT_CODE, ConfigError, UserError, printable
 from nemo_spin.processes import STARTED_HERE, run_distributed
 from nemo_spin.watchdog import LostPeerError, is_lost_peer
 
@@ -83,7 +83,7 @@ def guarded(function: Callable[[], int | None]) -> int:
         if isinstance(error, LostPeerError) or is_lost_peer(error):
             time.sleep(_SECONDS_OF_SILENCE)
         if not isinstance(error, LostPeerError):
-            first_line = (str(error).splitlines() or [""])[0]
+            first_line = printable((str(error).splitlines() or [""])[0])
             _print_error(f"rank {os.environ['RANK']}: {type(error).__name__}: {first_line}")
             traceback.print_exc()
         elif os.environ.get("LOCAL_RANK", "0") == "0":

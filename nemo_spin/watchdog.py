@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nemo_spin.errors import EXIT_CODE as USER_ERROR
-from nemo_spin.errors import UserError
+from nemo_spin.errors import UserError, one_line
 from nemo_spin.where import position
 
 if TYPE_CHECKING:
@@ -122,9 +122,7 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------ failures
 
     def _make_known(self, error: Exception) -> None:
-        sentence = " ".join(str(error).split())
-        if not isinstance(error, UserError):
-            sentence = f"{type(error).__name__}: {sentence}"
+        sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
         code = USER_ERROR if isinstance(error, UserError) else 1
         message = {"rank": self._rank, "sentence": sentence, "code": code}
         self._try(lambda: _tell_first(self._store, "failed", message))
