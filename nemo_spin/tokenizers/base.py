@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.checkpoint.tokenizer_description import OVERRIDE_HINT, TokenizerDescription
-from nemo_spin.errors import CheckpointError, DataError
+from nemo_spin.errors import CheckpointError, DataError, one_line
 
 
 class NeMoTokenizer:
@@ -121,7 +121,3 @@ class NeMoTokenizer:
 
     def _apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         raise NotImplementedError
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

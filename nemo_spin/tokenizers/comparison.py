@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_spin.tokenizers.base import one_line
+from nemo_spin.errors import one_line
 from nemo_spin.tokenizers.conversion import write_files
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
-from nemo_spin.errors import CheckpointError
-from nemo_spin.tokenizers.base import NeMoTokenizer, one_line
+from nemo_spin.errors import CheckpointError, one_line
+from nemo_spin.tokenizers.base import NeMoTokenizer
 from nemo_spin.tokenizers.comparison import write_and_compare
 from nemo_spin.tokenizers.conversion import from_sentencepiece
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
-from nemo_spin.errors import CheckpointError
-from nemo_spin.tokenizers.base import NeMoTokenizer, one_line
+from nemo_spin.errors import CheckpointError, one_line
+from nemo_spin.tokenizers.base import NeMoTokenizer
 from nemo_spin.tokenizers.comparison import write_and_compare
 from nemo_spin.tokenizers.conversion import from_tiktoken
 
@@ -127,7 +127,7 @@ def build(description: TokenizerDescription, local: Path | None) -> TiktokenToke
         with contextlib.redirect_stdout(io.StringIO()):  # it prints while it loads
             tokenizer = tiktoken_tokenizer.TiktokenTokenizer(os.fspath(local), special_tokens=special_tokens, **given)
     except Exception as error:
-        reason = one_line(error)[:200] or "it is no vocabulary as NeMo's tiktoken tokenizer reads it"
+        reason = one_line(error)[:200] if str(error) else "it is no vocabulary as NeMo's tiktoken tokenizer reads it"
         raise CheckpointError(
             f"The tiktoken vocabulary {local.name} of {description.origin} cannot be loaded: {reason}."
         ) from None
