@@ -2,8 +2,8 @@
 
     python tests/soak/command_line.py --kills 5 --seed 0
 
-A start takes most of a minute, so it is fewer kills. Prints a table in Markdown, and exits with 1 if the run came to
-another end than one in peace.
+A start takes most of a minute, so it is fewer kills. Prints a table in Markdown, and exits with 1 if a life came to
+another end than the run in peace.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nemo_spin.report.history import read_history
 
 REPO = Path(__file__).resolve().parents[2]
 _PATIENCE = 900.0
-_COLUMNS = ("kill", "killed", "after, s", "all ended within, s", "exit code", "went on from", "last words")
+_COLUMNS = ("kill", "life", "killed", "after, s", "all ended within, s", "exit code", "went on from", "last words")
 
 
 def main() -> int:
@@ -43,40 +43,43 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nemo_spin_soak_") as directory:
         found = soak(Path(directory), arguments.kills, random.Random(arguments.seed))
-    print("\n" + ("; ".join(found) or "The run that was killed has ended like the run in peace, bit by bit."))
+    print("\n" + ("; ".join(found) or "Every life has ended like the run in peace, bit by bit."))
     return 1 if found else 0
 
 
 def soak(directory: Path, kills: int, chance: random.Random) -> list[str]:
-    """Sentences on how the run that was killed differs from the one that was not."""
+    """Sentences on how a run that was killed differs from the one that was not."""
     make_inputs(directory)
-    peaceful, killed = (KillableRun(directory / name, directory) for name in ("in-peace", "killed"))
+    peaceful = KillableRun(directory / "in-peace", directory)
     began = time.monotonic()
     process, output = _start(peaceful)
     if process.wait(_PATIENCE):
         return [f"the run in peace failed: {output.read_text()[-2000:]}"]
     duration = time.monotonic() - began
     print(_row(*_COLUMNS) + "\n" + _row(*["---"] * len(_COLUMNS)), flush=True)
-    for kill in range(1, kills + 1):
-        began = time.monotonic()
-        process, output = _start(killed)
-        # It goes on from where it was: what is left of it becomes shorter and shorter.
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0.3, 1.0) * duration / kill**0.5)
-        victim = _kill(process, chance)
-        struck = time.monotonic()
-        try:
-            code: object = process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            return [f"kill {kill}: the others of {victim} went on for {_PATIENCE} s"]
-        lived, died = struck - began, time.monotonic() - struck
-        print(_row(kill, victim, f"{lived:.0f}", f"{died:.1f}", code, *_words(output.read_text())), flush=True)
-        if victim == "none, it had ended":
-            break
-    process, output = _start(killed)
-    if process.wait(_PATIENCE):
-        return [f"the last start failed: {output.read_text()[-2000:]}"]
-    return _differences(killed, peaceful)
+    found: list[str] = []
+    done = life = 0
+    while done < kills and not found:
+        life += 1
+        run = KillableRun(directory / f"life-{life}", directory)
+        while True:
+            began = time.monotonic()
+            process, output = _start(run)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0.3, 0.9) * duration if done < kills else _PATIENCE)
+            if process.poll() is not None:
+                break
+            victim, struck = _kill(process, chance), time.monotonic()
+            code = process.wait(_PATIENCE)
+            lived, died = struck - began, time.monotonic() - struck
+            done += 1
+            print(
+                _row(done, life, victim, f"{lived:.0f}", f"{died:.1f}", code, *_words(output.read_text())), flush=True
+            )
+        if process.returncode:
+            return [f"life {life} failed: {output.read_text()[-2000:]}"]
+        found = _differences(run, peaceful)
+    return found
 
 
 def _start(run: KillableRun) -> tuple[subprocess.Popen, Path]:
@@ -93,8 +96,6 @@ def _start(run: KillableRun) -> tuple[subprocess.Popen, Path]:
 
 def _kill(launcher: subprocess.Popen, chance: random.Random) -> str:
     """Kill one of the run's processes, or all and what has started them. Returns who it was."""
-    if launcher.poll() is not None:
-        return "none, it had ended"
     ranks = {}
     for process in psutil.Process(launcher.pid).children(recursive=True):
         with suppress(psutil.Error):
