@@ -109,7 +109,7 @@ def _kill(launcher: subprocess.Popen, chance: random.Random) -> str:
     for process in everything:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
-    return "all" if ranks else "the launcher, before it had started any"
+    return "all" if ranks else "the launcher, alone"
 
 
 def _words(output: str) -> tuple[str, str]:
