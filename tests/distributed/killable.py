@@ -182,9 +182,10 @@ class KillableRun:
             by_themselves = _wait(processes, meddle, grace)
         finally:
             for process in processes:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.kill()
+                if process.exitcode is None:  # else another process may have its number by now
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                 process.join()
         return End([process.exitcode for process in processes], by_themselves, time.monotonic() - began)
 
