@@ -65,7 +65,7 @@ def soak(directory: Path, kills: int, chance: random.Random) -> bool:
             found = differences(run, run.outcome(), peaceful, expected)
         else:
             found = [f"start {run.starts} failed with the exit codes {end.codes}"]
-        left = len([path for path in run.scratch.iterdir() if "wandb" not in path.name])
+        left = len([path for path in run.scratch.glob("*") if "wandb" not in path.name])
         lives.append(_row(len(lives) + 1, run.starts, len(killed), "; ".join(found) or "the same, bit by bit", left))
         if not found:
             shutil.rmtree(run.directory)
