@@ -6,7 +6,6 @@ stored, or all processes of a run, each with its part.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from nemo_spin.checkpoint import (
     nemo_archive,
 )
 from nemo_spin.checkpoint.architecture import Architecture
+from nemo_spin.checkpoint.files import sync
 from nemo_spin.checkpoint.huggingface_export import (
     to_huggingface_config,
     write_huggingface_config,
@@ -188,8 +188,7 @@ def _publish(folder: Path, target: Path, file_format: str) -> None:
         return
     for file in folder.rglob("*"):
         if file.is_file():
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+            sync(file)
     replaced = _replaced(target)
     if target.is_dir():
         # A directory cannot be replaced in one step: the old one stays until the new one is there.

@@ -30,7 +30,7 @@ class MemoryEstimate:
     weights, gradients, optimizer: exact. kv_cache: at its largest, while all slots hold the longest sequences.
     activations: about, of a training step whose sequences are as long as the longest example, not in `needed`.
     host: the rollouts of an iteration at their longest, what is held of a checkpoint while it is written, and the
-        reference where one is kept.
+        reference and, while that is in the model, the policy where a copy is kept.
     """
 
     parameters: int
@@ -76,7 +76,8 @@ def estimate(
     rollout_bytes = 4 * examples * new_tokens
     # The first replica writes weights and optimizer; the distributed one is gathered, with fp32 parameters, for that.
     checkpoint = (bytes_per_value + (12 if cfg.optim.distributed else moments_and_main)) * per_device
-    reference = bytes_per_value * per_device if cfg.spin.rollout_window is not None else 0
+    # While the reference is in the model, the policy waits beside where it was.
+    reference = 2 * bytes_per_value * per_device if cfg.spin.rollout_window is not None else 0
     return MemoryEstimate(
         parameters=parameter_count(architecture),
         parameters_per_device=per_device,

@@ -11,11 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError
+from nemo_spin.megatron.agreement import of_first
 from nemo_spin.megatron.diagnosis import Diagnosis
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.progress import Progress
@@ -35,8 +34,8 @@ def write_report(
     progress: has counted the step. figures: of the step, as they are: loss, grad_norm, lr, beta, precision.
     Returns in words where the report is, or why there is none, when it has been written.
     """
-    said = [""]
-    if dist.get_rank() == 0:
+
+    def write() -> str:
         path = run_dir / f"non_finite_step_{progress.step:07d}.json"
         counts = {name: value for name, value in progress.state_dict().items() if name != "iteration_step"}
         report = counts | {
@@ -50,12 +49,12 @@ def write_report(
         try:
             unfinished.write_text(json.dumps(_as_json(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             os.replace(unfinished, path)
-            said = [f"The batch is in {path}"]
         except OSError as error:
-            said = [f"The batch could not be written to {path} ({error.strerror})"]
+            return f"The batch could not be written to {path} ({error.strerror})"
+        return f"The batch is in {path}"
+
     # The others end when this returns, and with them the process that writes.
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
+    return of_first(write)
 
 
 def advice(diagnosis: Diagnosis, pairs: Sequence[Pair]) -> str:

@@ -107,9 +107,8 @@ def _first_failure(failed: Exception, received: Sequence[int]) -> int:
     """Exit code of the process that failed first; prints what it could not print itself."""
     failures = sorted(failed.failures.items(), key=lambda item: (item[1].timestamp, item[0]))
     for _, failure in failures:
-        if (
-            failure.error_file != "<N/A>"
-        ):  # only `launch.guarded` writes one; the exit code may be that of a crash at exit
+        # Only `launch.guarded` writes such a file; the exit code may be that of a crash at exit.
+        if failure.error_file != "<N/A>":
             print(f"error: {failure.message}", file=sys.stderr, flush=True)
             return EXIT_CODE
     if received and any(code in (-received[-1], 128 + received[-1], -SIGKILL) for code in _exit_codes(failures)):

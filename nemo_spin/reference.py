@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nemo_spin.checkpoint.fingerprint import fingerprint
 from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.megatron.agreement import gathered, of_first
 
 
 class Reference:
@@ -28,21 +28,17 @@ class Reference:
 
     def __init__(self, model: torch.nn.Module, keep_copy: bool) -> None:
         self._model = model
-        self._keep_copy = keep_copy
-        self._copy: dict[str, Tensor] = {}
+        self._copy = self._on_host() if keep_copy else {}
+        self._policy_aside: dict[str, Tensor] = {}
         self._policy_has_moved = False
         self.refresh()
 
     def refresh(self) -> None:
         """The policy becomes the reference: the opponent of the next iteration."""
         self._policy_has_moved = False
-        if self._keep_copy:
-            for name, parameter in self._model.named_parameters():
-                if name not in self._copy:
-                    self._copy[name] = torch.empty_like(
-                        parameter, device="cpu", pin_memory=torch.cuda.is_available()
-                    ).requires_grad_(False)
-                self._copy[name].copy_(parameter.detach())
+        if self._copy:
+            self._exchange(aside=self._copy)
+            torch.cuda.synchronize()
 
     def policy_moved(self) -> None:
         """Tell that an optimizer step has made the policy differ from the reference."""
@@ -63,9 +59,8 @@ class Reference:
         for name, parameter in sorted(self._copy.items() or self._model.named_parameters()):
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
             digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        of_ranks = [""] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, digest.hexdigest())
-        return "weights-" + hashlib.sha256(" ".join(sorted(set(of_ranks))).encode()).hexdigest()[:40]
+        of_ranks = sorted(set(gathered(digest.hexdigest())))
+        return "weights-" + hashlib.sha256(" ".join(of_ranks).encode()).hexdigest()[:40]
 
     @property
     def weights(self) -> dict[str, Tensor] | None:
@@ -89,18 +84,42 @@ class Reference:
             return
         if not self._copy:
             raise RuntimeError("the policy has moved and no copy of the reference was kept")
-        policy = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._model.named_parameters()}
+        # Kept from one window to the next: to pin memory takes longer than to copy to it.
+        self._policy_aside = self._policy_aside or self._on_host()
+        self._exchange(aside=self._policy_aside, into=self._copy)
         try:
-            self._write(self._copy)
             yield
         finally:
-            self._write(policy)
+            self._exchange(into=self._policy_aside)
+
+    def _on_host(self) -> dict[str, Tensor]:
+        """Room for all weights in host memory, pinned on a machine with CUDA."""
+        pinned = torch.cuda.is_available()
+        return {
+            name: torch.empty_like(parameter, device="cpu", pin_memory=pinned, requires_grad=False)
+            for name, parameter in self._model.named_parameters()
+        }
 
     @torch.no_grad()
-    def _write(self, weights: dict[str, Tensor]) -> None:
-        # In place: under data parallelism parameters are views into shared buffers, which must stay what they are.
+    def _exchange(self, aside: dict[str, Tensor] | None = None, into: dict[str, Tensor] | None = None) -> None:
+        """Copy the model's weights aside, or others into it, or both.
+
+        The two directions have a CUDA stream each, so that one weight comes while the next one goes.
+        """
+        now, going, coming = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
+        for stream in (going, coming):
+            stream.wait_stream(now)
         for name, parameter in self._model.named_parameters():
-            parameter.copy_(weights[name])
+            if aside is not None:
+                with torch.cuda.stream(going):
+                    aside[name].copy_(parameter, non_blocking=True)
+                coming.wait_stream(going)
+            if into is not None:
+                # In place: under data parallelism parameters are views into shared buffers, which must stay.
+                with torch.cuda.stream(coming):
+                    parameter.copy_(into[name], non_blocking=True)
+        for stream in (going, coming):
+            now.wait_stream(stream)
 
 
 def name_of_checkpoint(path: str | Path) -> str:
@@ -108,9 +127,9 @@ def name_of_checkpoint(path: str | Path) -> str:
 
     Raises CheckpointError.
     """
-    name = [""]
-    if dist.get_rank() == 0:
+
+    def name() -> str:
         with open_checkpoint(path) as source:
-            name = ["checkpoint-" + fingerprint(source.path)[:40]]
-    dist.broadcast_object_list(name, src=0)
-    return name[0]
+            return "checkpoint-" + fingerprint(source.path)[:40]
+
+    return of_first(name)

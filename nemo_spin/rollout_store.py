@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_spin.megatron.agreement import from_first
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.rollout_files.directory import Found, RolloutDirectory
 from nemo_spin.rollout_files.journal import Journal
 from nemo_spin.rollout_files.part import Origin
 from nemo_spin.rollouts import Answer, Rollout
-
-T = TypeVar("T")
 
 # A response of at least this many tokens counts as repeated when less than half of its runs of four tokens differ.
 _REPEATED_FROM_TOKENS = 16
@@ -97,13 +96,13 @@ class RolloutStore:
         disk = self._directory
         if dist.get_rank() == 0:
             for rollouts in disk.read_parts(checkpointed, trusted):
-                self._keep(_from_process_0(rollouts))
-            _from_process_0([])
-            shared = _from_process_0((disk.read_journals(), disk.life, disk.found))
+                self._keep(from_first(rollouts))
+            from_first([])
+            shared = from_first((disk.read_journals(), disk.life, disk.found))
         else:
-            while rollouts := _from_process_0(None):
+            while rollouts := from_first(None):
                 self._keep(rollouts)
-            shared = _from_process_0(None)
+            shared = from_first(None)
         self.responses, disk.life, disk.found = shared
         return disk.found
 
@@ -213,13 +212,6 @@ class RolloutStore:
             "ref_chosen_logps": rollout.ref_chosen_logps,
             "ref_rejected_logps": rollout.ref_rejected_logps,
         }
-
-
-def _from_process_0(value: T) -> T:
-    """What process 0 passes, on every process."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def is_repeated(ids: Sequence[int]) -> bool:

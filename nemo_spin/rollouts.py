@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from nemo_spin.generation.engine import GenerationRequest, Generator, Response
+from nemo_spin.megatron.agreement import gathered
 from nemo_spin.megatron.steps import Batching, response_logps
 from nemo_spin.pairs import Example
 
@@ -147,6 +147,4 @@ def _phase(progress: Callable[[str, int], None] | None, name: str) -> Callable[[
 
 def _of_all_replicas(own: T) -> list[T]:
     """What each data-parallel replica has, on every process."""
-    shares: list[T] = [own] * parallel_state.get_data_parallel_world_size()
-    dist.all_gather_object(shares, own, group=parallel_state.get_data_parallel_group())
-    return shares
+    return gathered(own, parallel_state.get_data_parallel_group())

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
 from nemo_spin import experiment, run_lock
-from nemo_spin.checkpoint.agreement import of_first
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved
@@ -25,6 +24,7 @@ from nemo_spin.export import check_expressible, export
 from nemo_spin.faults import reached
 from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
+from nemo_spin.megatron.agreement import of_first
 from nemo_spin.megatron.gpt import DTYPES
 from nemo_spin.memory import MemoryEstimate, check_fits, estimate
 from nemo_spin.metrics_log import MetricsLog

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nemo_spin.checkpoint.agreement import Channel
+from nemo_spin.checkpoint.channel import Channel
 from nemo_spin.checkpoint.manifest import Digest, digest_of
 from nemo_spin.checkpoint.sharded import ShardWriter
 from nemo_spin.faults import reached

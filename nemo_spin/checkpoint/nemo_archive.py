@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from nemo_spin.checkpoint.files import sync
 from nemo_spin.checkpoint.tar_members import (
     Member,
     TruncatedArchiveError,
@@ -51,11 +52,7 @@ def pack(directory: str | Path, destination: str | Path) -> None:
         partial.replace(destination)
     finally:
         partial.unlink(missing_ok=True)
-    descriptor = os.open(destination.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(destination.parent)
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

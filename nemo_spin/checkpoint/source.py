@@ -16,6 +16,7 @@ from nemo_spin.checkpoint.contradictions import check_against
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
 from nemo_spin.checkpoint.weight_store import StoredTensor, WeightStore
 from nemo_spin.errors import CheckpointError
+from nemo_spin.megatron.agreement import gathered
 
 
 @dataclass
@@ -99,8 +100,7 @@ def layout_in(config: Mapping[str, Any]) -> tuple[int, int] | None:
 def _once_per_machine(extract: Callable[[], Path]) -> Path:
     if not dist.is_initialized():
         return extract()
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
+    hosts = gathered(socket.gethostname())
     first_here = hosts.index(hosts[dist.get_rank()])
     outcome: Path | CheckpointError | None = None
     if dist.get_rank() == first_here:
@@ -108,8 +108,7 @@ def _once_per_machine(extract: Callable[[], Path]) -> Path:
             outcome = extract()
         except CheckpointError as error:
             outcome = error
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, outcome)
+    outcomes = gathered(outcome)
     for failure in outcomes:
         if isinstance(failure, CheckpointError):
             raise failure

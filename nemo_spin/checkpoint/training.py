@@ -31,8 +31,8 @@ from typing import Any, Protocol
 from megatron.core import dist_checkpointing
 
 from nemo_spin.checkpoint import publishing
-from nemo_spin.checkpoint.agreement import Channel, everywhere, of_first, total
 from nemo_spin.checkpoint.background import Outcome, Part, Saving
+from nemo_spin.checkpoint.channel import Channel
 from nemo_spin.checkpoint.files import GIB, missing_bytes
 from nemo_spin.checkpoint.manifest import faults_of, read_manifest
 from nemo_spin.checkpoint.own_pickles import check_pickles
@@ -43,6 +43,7 @@ from nemo_spin.checkpoint.sharded import plan_shards
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.errors import CheckpointError, UserError
 from nemo_spin.faults import reached
+from nemo_spin.megatron.agreement import everywhere, of_first, total
 
 # After an error: how long the processes that are left wait for a checkpoint on its way.
 _SECONDS_AFTER_ERROR = 60.0

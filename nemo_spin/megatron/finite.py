@@ -6,18 +6,12 @@ from collections.abc import Callable, Iterable
 from math import inf
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from nemo_spin.megatron.agreement import gathered
+
 _LAYERS = "decoder.layers."
-
-
-def on_every_process(is_so: bool, device: torch.device) -> bool:
-    """Whether it is so on every process of the run; all of them ask at the same time."""
-    otherwise = torch.tensor(0.0 if is_so else 1.0, device=device)
-    dist.all_reduce(otherwise, op=dist.ReduceOp.MAX)
-    return otherwise.item() == 0.0
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
@@ -42,9 +36,7 @@ def _names(gpt: GPTModel, of: Callable[[torch.nn.Parameter], Tensor | None]) -> 
         for name, parameter in gpt.named_parameters()
         if (tensor := of(parameter)) is not None and not are_finite([tensor])
     ]
-    by_process: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(by_process, own)
-    return sorted({name for names in by_process for name in names})
+    return sorted({name for names in gathered(own) for name in names})
 
 
 def _global_name(gpt: GPTModel, name: str) -> str:

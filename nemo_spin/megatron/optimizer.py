@@ -17,7 +17,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from nemo_spin.megatron import finite
+from nemo_spin.megatron.agreement import everywhere
+from nemo_spin.megatron.finite import are_finite
 
 if TYPE_CHECKING:
     from nemo_spin.config import OptimConfig
@@ -134,8 +135,8 @@ class Optimizer:
         self._adam.prepare_grads()
         grad_norm = self._adam.get_grad_norm()
         # The norm alone will not do: it counts parameters that tensor-parallel processes share on one of them only.
-        is_sound = isfinite(loss) and isfinite(grad_norm) and finite.are_finite(self._gradients())
-        skipped = not finite.on_every_process(is_sound, next(self.model.parameters()).device)
+        is_sound = isfinite(loss) and isfinite(grad_norm) and are_finite(self._gradients())
+        skipped = not everywhere(is_sound)
         if not skipped:
             self._clip(grad_norm)
             self._adam.step_with_ready_grads()
