@@ -50,7 +50,7 @@ class IterationRollouts:
         interrupted: Callable[[], bool] | None = None,
         held_out: bool = False,
     ) -> None:
-        """directory: gets a directory for each iteration. interrupted: see `Generator.generate`.
+        """directory: gets a directory for each iteration. interrupted: see `Engine.generate`.
 
         held_out: the data are those for validation, which may be others when a run is resumed.
         """

@@ -8,7 +8,7 @@ rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import KVCache, kv_cache
+from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.mode import generating
 from nemo_spin.generation.noise import sample_key
 from nemo_spin.generation.rotary import RotaryAngles
@@ -27,43 +28,6 @@ from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.config import SamplingParams
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """index: identifies the prompt in all randomness. max_new_tokens: further limited by what the context leaves.
-
-    sample: number of the response among those to this prompt, each with random numbers of its own.
-    """
-
-    index: int
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int
-    sample: int = 0
-
-
-@dataclass(frozen=True)
-class Response:
-    """ids: with the stop token, if one was sampled. finish_reason: "stop", or "length" where the budget cut it off."""
-
-    index: int
-    ids: tuple[int, ...]
-    finish_reason: str
-
-
-@dataclass
-class Statistics:
-    """What the last call of `Generator.generate` cost.
-
-    generated_tokens: tokens of all responses. decode_steps: forward passes with one token per row.
-    row_steps: rows in these passes. prefills: passes over prompts. prefill_tokens: their tokens, padding included.
-    """
-
-    generated_tokens: int = 0
-    decode_steps: int = 0
-    row_steps: int = 0
-    prefills: int = 0
-    prefill_tokens: int = 0
 
 
 class Generator:
@@ -194,6 +158,7 @@ class Generator:
         logits = self._stage.forward(tokens, positions, rotary, last)
         self.statistics.prefills += 1
         self.statistics.prefill_tokens += tokens.numel()
+        self.statistics.prefill_padding += tokens.numel() - sum(lengths)
         self._extend(rows, first, logits, seen)
 
     def _decode(self, rows: Sequence[Row], cache: KVCache, angles: Tensor | None, seen: SeenTokens | None) -> None:
@@ -205,6 +170,7 @@ class Generator:
         logits = self._stage.forward(tokens[:, None], positions[:, None], rotary, None)
         self.statistics.decode_steps += 1
         self.statistics.row_steps += len(rows)
+        self.statistics.decoded_slots += len(rows)
         self._extend(rows, 0, logits, seen)
 
     def _extend(self, rows: Sequence[Row], first: int, logits: Tensor | None, seen: SeenTokens | None) -> None:
