@@ -1,0 +1,60 @@
+"""How many tokens the key/value cache may hold, and how they are shared out over what is in flight."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nemo_spin.errors import UserError
+from nemo_spin.generation.cache import CacheShape, round_up
+
+GIB = 2**30
+# Of what is free when generation begins. The rest is for activations and logits, and while a cache grows one layer of it
+# is there twice. On a CPU the machine has other work.
+_SHARE_OF_GPU = 0.8
+_SHARE_OF_HOST = 0.5
+
+
+def cache_tokens(shape: CacheShape, gib: float | None) -> int:
+    """Tokens that the cache of this model-parallel group may hold, every rank of it having agreed.
+
+    gib: GiB of each process; None for a share of the memory that is free now.
+    """
+    limit = _free_bytes(shape.device) if gib is None else int(gib * GIB)
+    tokens = torch.tensor(limit // shape.bytes_per_token, dtype=torch.int64, device=shape.device)
+    group = parallel_state.get_model_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(tokens, dist.ReduceOp.MIN, group=group)
+    return int(tokens)
+
+
+def groups_in_flight(stages: int, rows: int, tokens: int, longest: int, shape: CacheShape) -> int:
+    """Into how many groups the rows are divided: one more than there are stages, so that what goes from stage to stage
+    has time to arrive; fewer where their caches could not hold the longest row each.
+
+    rows: that are to be generated. longest: tokens of the longest one, at most.
+    Raises UserError if the cache cannot hold that one.
+    """
+    fit = tokens // round_up(longest)
+    if not fit:
+        raise UserError(
+            f"The KV cache cannot hold a sequence of {longest} tokens: it takes "
+            f"{round_up(longest) * shape.bytes_per_token / GIB:.3g} GiB on each process, and model.spin.kv_cache_gib (or "
+            f"the memory that is free) allows {tokens * shape.bytes_per_token / GIB:.3g}: raise it, or lower "
+            "model.spin.length_params.max_length."
+        )
+    return min(stages + 1 if stages > 1 else 1, rows, fit)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch keeps for later, and nothing uses, is free as well.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(_SHARE_OF_GPU * (free + kept))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return int(_SHARE_OF_HOST * psutil.virtual_memory().available) // processes
