@@ -13,7 +13,7 @@ from nemo_spin.errors import UserError
 from nemo_spin.generation.cache import CacheShape, round_up
 
 GIB = 2**30
-# Of what is free when generation begins. The rest is for activations and logits, and while a cache grows one layer of it
+# Of what is free when generation begins. The rest is for activations and logits; while a cache grows, one layer of it
 # is there twice. On a CPU the machine has other work.
 _SHARE_OF_GPU = 0.8
 _SHARE_OF_HOST = 0.5
@@ -41,10 +41,10 @@ def groups_in_flight(stages: int, rows: int, tokens: int, longest: int, shape: C
     """
     fit = tokens // round_up(longest)
     if not fit:
+        needed, allowed = (n * shape.bytes_per_token / GIB for n in (round_up(longest), tokens))
         raise UserError(
-            f"The KV cache cannot hold a sequence of {longest} tokens: it takes "
-            f"{round_up(longest) * shape.bytes_per_token / GIB:.3g} GiB on each process, and model.spin.kv_cache_gib (or "
-            f"the memory that is free) allows {tokens * shape.bytes_per_token / GIB:.3g}: raise it, or lower "
+            f"The KV cache cannot hold a sequence of {longest} tokens, which takes {needed:.3g} GiB on each process: "
+            f"model.spin.kv_cache_gib, or the memory that is free, allows {allowed:.3g}; raise it, or lower "
             "model.spin.length_params.max_length."
         )
     return min(stages + 1 if stages > 1 else 1, rows, fit)

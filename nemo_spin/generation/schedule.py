@@ -140,7 +140,7 @@ class Schedule:
         return moves
 
     def _take(self) -> tuple[list[Row], bool]:
-        """The waiting rows for which there are slots, cache and prefill tokens; whether the cache has no room for more."""
+        """The waiting rows for which there are slots, cache and prefill tokens; whether the cache is full then."""
         taken: list[Row] = []
         longest, limit = self.longest, max((row.longest for row in self.active), default=0)
         padded = 0
