@@ -1,4 +1,4 @@
-"""How many tokens the key/value cache may hold, and how they are shared out over what is in flight."""
+"""How many tokens the key/value cache may hold."""
 
 from __future__ import annotations
 
@@ -32,13 +32,8 @@ def cache_tokens(shape: CacheShape, gib: float | None) -> int:
     return int(tokens)
 
 
-def groups_in_flight(stages: int, rows: int, tokens: int, longest: int, shape: CacheShape) -> int:
-    """Into how many groups the rows are divided: one more than there are stages, so that what goes from stage to stage
-    has time to arrive; fewer where their caches could not hold the longest row each.
-
-    rows: that are to be generated. longest: tokens of the longest one, at most.
-    Raises UserError if the cache cannot hold that one.
-    """
+def rows_that_fit(tokens: int, longest: int, shape: CacheShape) -> int:
+    """How many rows of `longest` tokens the cache holds. Raises UserError if there is not room for one."""
     fit = tokens // round_up(longest)
     if not fit:
         needed, allowed = (n * shape.bytes_per_token / GIB for n in (round_up(longest), tokens))
@@ -47,7 +42,7 @@ def groups_in_flight(stages: int, rows: int, tokens: int, longest: int, shape: C
             f"model.spin.kv_cache_gib, or the memory that is free, allows {allowed:.3g}; raise it, or lower "
             "model.spin.length_params.max_length."
         )
-    return min(stages + 1 if stages > 1 else 1, rows, fit)
+    return fit
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -22,24 +22,20 @@ from torch import Tensor
 
 from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import CacheShape, CachesInUse, caching
-from nemo_spin.generation.cache_limit import cache_tokens, groups_in_flight
+from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.mode import generating
 from nemo_spin.generation.noise import sample_key
 from nemo_spin.generation.rotary import RotaryAngles
 from nemo_spin.generation.row_group import RowGroup, to_device
 from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
-from nemo_spin.generation.schedule import Row, Schedule, Waiting
+from nemo_spin.generation.schedule import MOST_SLOTS, Row, Schedule, Waiting, groups_wanted
 from nemo_spin.generation.stages import Stage
 from nemo_spin.generation.vocabulary import VocabularyShard
 from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.config import SamplingParams
-
-
-# Beyond, a pass over more rows takes longer in the same measure, on any device.
-MOST_SLOTS = 256
 
 
 class Generator:
@@ -151,7 +147,7 @@ class Generator:
         shape = CacheShape.of(self._model)
         tokens = cache_tokens(shape, self._kv_cache_gib)
         longest = max(row.longest for row in rows)
-        count = groups_in_flight(self._stage.count, len(rows), tokens, longest, shape)
+        count = min(groups_wanted(self._stage.count), len(rows), rows_that_fit(tokens, longest, shape))
         slots = min(self._slots, -(-len(rows) // count))
         return [
             RowGroup(Schedule(waiting, slots, tokens // count), slots, shape, self._seen_tokens(slots))

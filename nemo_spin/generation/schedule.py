@@ -13,6 +13,14 @@ from nemo_spin.generation.cache import GRANULE, round_up
 
 # Tokens of a prefill at most, padding included (a single longer prompt is still taken): bounds its activations.
 PREFILL_TOKENS = 16384
+# Beyond, a pass over more rows takes longer in the same measure, on any device.
+MOST_SLOTS = 256
+
+
+def groups_wanted(stages: int) -> int:
+    """Groups of rows in flight: one more than there are stages, so that what goes from stage to stage has time to
+    arrive; a single stage waits for nobody."""
+    return stages + 1 if stages > 1 else 1
 
 
 @dataclass(eq=False)
