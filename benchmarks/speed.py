@@ -33,7 +33,7 @@ import workload
 from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import LlamaForCausalLM
 
-from nemo_spin.generation.engine import GenerationRequest
+from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.pairs import Example, Pair

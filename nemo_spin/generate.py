@@ -23,7 +23,7 @@ from nemo_spin.data.formats import RecordEncoder
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.prompts import Prompt, read_prompts
 from nemo_spin.generation.end_strings import text_of_response
-from nemo_spin.generation.engine import GenerationRequest
+from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.response_file import Found, check_output, find_responses, writing

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_spin.config import SpinConfig
 from nemo_spin.faults import reached
+from nemo_spin.generation.schedule import MOST_SLOTS
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.reporting import Reporter
 from nemo_spin.rollout_files.part import Origin
@@ -50,13 +51,13 @@ class IterationRollouts:
         interrupted: Callable[[], bool] | None = None,
         held_out: bool = False,
     ) -> None:
-        """directory: gets a directory for each iteration. interrupted: see `Generator.generate`.
+        """directory: gets a directory for each iteration. interrupted: see `Engine.generate`.
 
         held_out: the data are those for validation, which may be others when a run is resumed.
         """
         self._model, self._dataset, self._directory, self._reporter = model, dataset, directory, reporter
         self._interrupted, self._held_out = interrupted, held_out
-        self._chunk = _CHUNK * cfg.spin.rollout_batch_size * cfg.parallel.data_parallel_size
+        self._chunk = _CHUNK * (cfg.spin.rollout_batch_size or MOST_SLOTS) * cfg.parallel.data_parallel_size
         self.unwritten: OSError | None = None
         self._checkpointed: Sequence[Path] = ()
 

@@ -11,6 +11,7 @@ import torch
 
 from nemo_spin.checkpoint.architecture import Architecture, layer_tensors, outer_tensors, parameter_count
 from nemo_spin.errors import ConfigError
+from nemo_spin.generation.schedule import groups_wanted
 from nemo_spin.megatron.gpt import padded_vocab_rows
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class MemoryEstimate:
     """Bytes on the device that has most to hold, the host memory of its process, and the numbers behind them.
 
     parameters: of the whole model. parameters_per_device: of the fullest pipeline stage's tensor-parallel rank.
-    weights, gradients, optimizer: exact. kv_cache: at its largest, while all slots hold the longest sequences.
+    weights, gradients, optimizer: exact. kv_cache: at its largest, while all slots hold the longest sequences; of one
+        sequence, where there are as many slots as there is memory for.
     activations: about, of a training step whose sequences are as long as the longest example, not in `needed`.
     host: the rollouts of an iteration at their longest, what is held of a checkpoint while it is written, and the
         reference and, while that is in the model, the policy where a copy is kept.
@@ -70,8 +72,14 @@ def estimate(
 
     new_tokens = min(cfg.spin.length_params.max_length or context_length, context_length)
     capacity = min(longest + new_tokens, context_length)
-    slots = min(cfg.spin.rollout_batch_size, math.ceil(examples / parallel.data_parallel_size))
+    # Without a number there are as many as there is memory for, and at least one.
+    slots = cfg.spin.rollout_batch_size * groups_wanted(pp) if cfg.spin.rollout_batch_size else 1
+    slots = min(slots, math.ceil(examples / parallel.data_parallel_size))
     kv_per_token = 2 * layers * transformer["num_query_groups"] // tp * transformer["kv_channels"] * bytes_per_value
+
+    kv_cache = slots * capacity * kv_per_token
+    if cfg.spin.kv_cache_gib is not None:
+        kv_cache = min(kv_cache, int(cfg.spin.kv_cache_gib * _GIB))
 
     rollout_bytes = 4 * examples * new_tokens
     # The first replica writes weights and optimizer; the distributed one is gathered, with fp32 parameters, for that.
@@ -84,7 +92,7 @@ def estimate(
         weights=bytes_per_value * per_device,
         gradients=4 * per_device,
         optimizer=moments_and_main * per_device // shards,
-        kv_cache=slots * capacity * kv_per_token,
+        kv_cache=kv_cache,
         activations=_activations(architecture, cfg, min(longest, context_length), bytes_per_value),
         host=rollout_bytes + checkpoint + reference,
     )

@@ -116,8 +116,9 @@ class MegatronGPTSPINModel(ModelPT):
         min_length: int,
         stop_ids: frozenset[int],
         seed: int,
-        slots: int,
+        slots: int | None,
         context_length: int,
+        kv_cache_gib: float | None = None,
     ) -> Generator:
         """What makes responses with the weights that the model has then; see `Generator` for the numbers.
 
@@ -137,6 +138,7 @@ class MegatronGPTSPINModel(ModelPT):
             slots=slots,
             pad_id=self.tokenizer.pad_id,
             should_stop=ends_with_any(in_text, self.tokenizer) if in_text else None,
+            kv_cache_gib=kv_cache_gib,
         )
 
     def batching(self, micro_batch_size: int) -> Batching:
@@ -170,6 +172,7 @@ class MegatronGPTSPINModel(ModelPT):
             seed=cfg.seed,
             slots=cfg.spin.rollout_batch_size,
             context_length=context_length,
+            kv_cache_gib=cfg.spin.kv_cache_gib,
         )
 
     def start_schedule(self, lr: float, total_steps: int, steps_done: int, fresh: bool) -> None:

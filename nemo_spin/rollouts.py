@@ -10,7 +10,7 @@ from typing import TypeVar
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from nemo_spin.generation.engine import GenerationRequest, Generator, Response
+from nemo_spin.generation.interface import Engine, GenerationRequest, Response
 from nemo_spin.megatron.agreement import gathered
 from nemo_spin.megatron.steps import Batching, response_logps
 from nemo_spin.pairs import Example
@@ -45,7 +45,7 @@ class Answer:
 
 def roll_out(
     gpt: GPTModel,
-    generator: Generator,
+    generator: Engine,
     examples: Sequence[Example],
     iteration: int,
     max_new_tokens: int,
@@ -64,7 +64,7 @@ def roll_out(
 
     answered: responses by the index of their example, which are scored with the others and not generated again; those
     that are generated now join them. finished: given each response of this replica as soon as it is generated.
-    interrupted: see `Generator.generate`; replicas may answer differently. Returns None, on every process, if not all
+    interrupted: see `Engine.generate`; replicas may answer differently. Returns None, on every process, if not all
     responses were generated.
     """
     answers = {} if answered is None else answered

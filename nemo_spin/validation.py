@@ -49,7 +49,7 @@ class Validation:
         reporter: Reporter,
         interrupted: Callable[[], bool] | None = None,
     ) -> None:
-        """dataset: None for no validation. directory: gets the rollouts. interrupted: see `Generator.generate`."""
+        """dataset: None for no validation. directory: gets the rollouts. interrupted: see `Engine.generate`."""
         self.cfg, self.model, self.dataset = cfg, model, dataset
         self.held_out = HeldOut(dataset, cfg.spin.held_out_rollouts)
         self.rollouts = IterationRollouts(cfg, model, self.held_out, directory, reporter, interrupted, held_out=True)

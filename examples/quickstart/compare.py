@@ -76,7 +76,8 @@ class Judge:
 
     def _generate(self, model: MegatronGPTSPINModel, per_prompt: int, greedy: bool) -> list[Response]:
         from nemo_spin.config import SamplingParams
-        from nemo_spin.generation.engine import GenerationRequest, Generator
+        from nemo_spin.generation.engine import Generator
+        from nemo_spin.generation.interface import GenerationRequest
 
         generator = Generator(
             model.gpt,

@@ -47,7 +47,7 @@ KEYS: dict[str, frozenset[str]] = {
             f"global_batch_size encoder_seq_length seed {_RECOMPUTE} spin optim data tokenizer"
         ),
         "model.spin": (
-            "ref_policy_kl_penalty rollout_batch_size rollout_window log_prob_forward_micro_batch_size "
+            "ref_policy_kl_penalty rollout_batch_size kv_cache_gib rollout_window log_prob_forward_micro_batch_size "
             "reset_optimizer_each_iteration held_out_rollouts first_rollouts_from_data sampling_params length_params "
             "guards"
         ),

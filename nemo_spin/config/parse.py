@@ -248,7 +248,8 @@ def _algorithm(spin: Section, max_iterations: int, global_batch_size: int) -> Al
         raise spin.error("rollout_window", f"use null or a multiple of model.global_batch_size = {global_batch_size}")
     return AlgorithmConfig(
         ref_policy_kl_penalty=spin.per_iteration("ref_policy_kl_penalty", max_iterations),
-        rollout_batch_size=spin.integer("rollout_batch_size", 8, minimum=1),
+        rollout_batch_size=spin.optional_integer("rollout_batch_size", minimum=1),
+        kv_cache_gib=spin.optional_number("kv_cache_gib", above=0.0),
         rollout_window=window,
         log_prob_forward_micro_batch_size=spin.integer("log_prob_forward_micro_batch_size", 1, minimum=1),
         reset_optimizer=spin.flag("reset_optimizer_each_iteration", True),

@@ -97,7 +97,8 @@ class AlgorithmConfig:
     """`model.spin`: the algorithm.
 
     ref_policy_kl_penalty: beta of each iteration, > 0; as many as there are iterations.
-    rollout_batch_size: sequences that a data-parallel rank decodes at a time.
+    rollout_batch_size: sequences in one decoding pass of a data-parallel rank; None for as many as the KV cache holds.
+    kv_cache_gib: GiB of keys and values on each device, at most; None for most of the memory that is free.
     rollout_window: pairs whose responses are generated at a time, a multiple of global_batch_size; None for all of an
         iteration, before its first step.
     log_prob_forward_micro_batch_size: pairs per forward pass when the reference's log-probabilities are computed.
@@ -108,7 +109,8 @@ class AlgorithmConfig:
     """
 
     ref_policy_kl_penalty: tuple[float, ...]
-    rollout_batch_size: int
+    rollout_batch_size: int | None
+    kv_cache_gib: float | None
     rollout_window: int | None
     log_prob_forward_micro_batch_size: int
     reset_optimizer: bool

@@ -77,6 +77,9 @@ class Section:
         """As `number`, but null, where it is given, is None: what the number limits is switched off."""
         return None if key in self._values and self._values[key] is None else self.number(key, default, **bounds)
 
+    def optional_number(self, key: str, **bounds: float) -> float | None:
+        return None if self.get(key) is None else self.number(key, **bounds)
+
     def numbers(self, key: str, default: Sequence[float]) -> tuple[float, ...]:
         value = self.get(key, default)
         if not _is_list(value) or not all(map(is_number, value)):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
@@ -24,45 +26,77 @@ def round_up(length: int) -> int:
     return -(-length // GRANULE) * GRANULE
 
 
-class KVCache:
-    """Keys and values of all layers of this rank, one slot per row; rows in use are the first slots, without gaps.
+@dataclass(frozen=True)
+class CacheShape:
+    """What this rank keeps of a token: keys and values of so many heads (query groups) in each of its layers."""
 
-    slots: rows at most. capacity: tokens per slot.
+    layers: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: GPTModel) -> CacheShape:
+        config, parameter = model.config, next(model.parameters())
+        heads = config.num_query_groups // parallel_state.get_tensor_model_parallel_world_size()
+        return cls(len(model.decoder.layers), heads, config.kv_channels, parameter.dtype, parameter.device)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.layers * self.heads * self.head_dim * self.dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of a group of rows in all layers of this rank; its rows are the first ones, without gaps.
+
+    keys, values: of each layer [rows, heads, capacity, head_dim]. It grows as it is asked to.
     """
 
-    def __init__(self, model: GPTModel, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, round_up(capacity)
-        scale = model.config.softmax_scale
-        self.layers = [
-            CachedAttention(self, layer.self_attention.core_attention, scale) for layer in model.decoder.layers
-        ]
-        self.prefilling = True
-        self.first = 0
+    def __init__(self, shape: CacheShape) -> None:
+        self.shape, self.rows, self.capacity = shape, 0, 0
+        empty = torch.empty(0, shape.heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device)
+        self.keys, self.values = [empty] * shape.layers, [empty] * shape.layers
+        self.prefilling, self.first = True, 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.capacity * self.shape.bytes_per_token
+
+    def resize(self, rows: int, capacity: int, held: int) -> None:
+        """Room for so many rows of so many tokens; the first `held` rows keep what they hold, as far as it fits."""
+        length = min(self.capacity, capacity)
+        for kept in (self.keys, self.values):
+            for layer, old in enumerate(kept):
+                # Zeros, because what was never written is multiplied by a probability of zero.
+                new = old.new_zeros(rows, self.shape.heads, capacity, self.shape.head_dim)
+                new[:held, :, :length] = old[:held, :, :length]
+                kept[layer] = new
+                del old  # before the next layer's is made: only one layer is there twice
+        self.rows, self.capacity = rows, capacity
 
     def begin_prefill(self, first: int) -> None:
-        """The next forward pass gives whole prompts, padded on the right, to slots first, first + 1, ..."""
+        """The next forward pass gives whole prompts, padded on the right, to rows first, first + 1, ..."""
         self.prefilling, self.first = True, first
 
-    def begin_decode(self, positions: Tensor, longest: int, dtype: torch.dtype) -> None:
-        """The next forward pass gives one token to each of the first b slots.
+    def begin_decode(self, positions: Tensor, longest: int) -> None:
+        """The next forward pass gives one token to each of the first b rows.
 
-        positions: [b] int64, where in its slot each token goes. longest: tokens in the fullest slot, this one included.
+        positions: [b] int64, where in its row each token goes. longest: tokens in the fullest row, this one included.
         """
         self.prefilling = False
-        self.length = min(round_up(longest), self.capacity)
+        self.length = round_up(longest)
         device = positions.device
         beyond = torch.arange(self.length, device=device) > positions[:, None]
-        mask = torch.zeros(beyond.shape, dtype=dtype, device=device).masked_fill_(beyond, float("-inf"))
+        mask = torch.zeros(beyond.shape, dtype=self.shape.dtype, device=device).masked_fill_(beyond, float("-inf"))
         self.mask = mask[:, None, None, :]
-        groups = self.layers[0].keys.shape[1]
-        heads = torch.arange(len(positions) * groups, device=device) * self.capacity
-        self.places = heads + positions.repeat_interleave(groups)
+        heads = torch.arange(len(positions) * self.shape.heads, device=device) * self.capacity
+        self.places = heads + positions.repeat_interleave(self.shape.heads)
 
     def move(self, sources: Tensor, destinations: Tensor, length: int) -> None:
-        """Copy the first `length` tokens of some slots to others."""
-        for layer in self.layers:
-            for stored in (layer.keys, layer.values):
-                stored[destinations, :, :length] = stored[sources, :, :length]
+        """Copy the first `length` tokens of some rows to others."""
+        for kept in (*self.keys, *self.values):
+            kept[destinations, :, :length] = kept[sources, :, :length]
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, softmax_scale: float | None) -> Tensor:
@@ -86,48 +120,52 @@ class CachedAttention(torch.nn.Module):
     step attends with one query per row to what is kept of that row.
     """
 
-    def __init__(self, cache: KVCache, core_attention: torch.nn.Module, softmax_scale: float | None) -> None:
+    def __init__(
+        self, caches: CachesInUse, layer: int, core_attention: torch.nn.Module, softmax_scale: float | None
+    ) -> None:
         super().__init__()
-        self.cache, self.core_attention, self.softmax_scale = cache, core_attention, softmax_scale
-        self.keys = self.values = torch.empty(0)
+        self.caches, self.layer = caches, layer
+        self.core_attention, self.softmax_scale = core_attention, softmax_scale
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] of this tensor-parallel rank -> [s, b, heads * d]."""
-        cache = self.cache
+        cache = self.caches.current
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        length, batch, groups, head_dim = key.shape
         if cache.prefilling:
-            self._keep(key, value)
+            rows = slice(cache.first, cache.first + batch)
+            keys[rows, :, :length] = key.permute(1, 2, 0, 3)
+            values[rows, :, :length] = value.permute(1, 2, 0, 3)
             return self.core_attention(query, key, value, attention_mask, **kwargs)
-        batch, heads, head_dim = query.shape[1:]
-        self.keys.view(-1, head_dim).index_copy_(0, cache.places, key.reshape(-1, head_dim))
-        self.values.view(-1, head_dim).index_copy_(0, cache.places, value.reshape(-1, head_dim))
+        keys.view(-1, head_dim).index_copy_(0, cache.places, key.reshape(-1, head_dim))
+        values.view(-1, head_dim).index_copy_(0, cache.places, value.reshape(-1, head_dim))
         # The query heads that share a group stand side by side: as if they were several tokens of one head, so that
         # the keys need not be repeated.
-        query = query.view(batch, key.shape[2], -1, head_dim)
-        keys, values = self.keys[:batch, :, : cache.length], self.values[:batch, :, : cache.length]
+        heads = query.shape[2]
+        query = query.view(batch, groups, -1, head_dim)
+        keys, values = keys[:batch, :, : cache.length], values[:batch, :, : cache.length]
         out = attend(query, keys, values, cache.mask, self.softmax_scale)
         return out.reshape(1, batch, heads * head_dim)
 
-    def _keep(self, key: Tensor, value: Tensor) -> None:
-        length, batch, groups, head_dim = key.shape
-        if not self.keys.numel():
-            # Zeros, because what was never written is multiplied by a probability of zero.
-            shape = (self.cache.slots, groups, self.cache.capacity, head_dim)
-            self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
-        slots = slice(self.cache.first, self.cache.first + batch)
-        self.keys[slots, :, :length] = key.permute(1, 2, 0, 3)
-        self.values[slots, :, :length] = value.permute(1, 2, 0, 3)
+
+class CachesInUse:
+    """current: the cache of the rows that the next forward pass is for."""
+
+    current: KVCache
 
 
 @contextmanager
-def kv_cache(model: GPTModel, slots: int, capacity: int) -> Iterator[KVCache]:
-    """Inside, the model's attention reads and writes the cache; afterwards, also after an error, it is what it was."""
-    cache = KVCache(model, slots, capacity)
+def caching(model: GPTModel) -> Iterator[CachesInUse]:
+    """Inside, the model's attention reads and writes a cache; afterwards, also after an error, it is what it was."""
+    caches, scale = CachesInUse(), model.config.softmax_scale
+    attentions = [layer.self_attention for layer in model.decoder.layers]
+    originals = [attention.core_attention for attention in attentions]
     try:
-        for layer, cached in zip(model.decoder.layers, cache.layers, strict=True):
-            layer.self_attention.core_attention = cached
-        yield cache
+        for i, (attention, original) in enumerate(zip(attentions, originals, strict=True)):
+            attention.core_attention = CachedAttention(caches, i, original, scale)
+        yield caches
     finally:
-        for layer, cached in zip(model.decoder.layers, cache.layers, strict=True):
-            layer.self_attention.core_attention = cached.core_attention
+        for attention, original in zip(attentions, originals, strict=True):
+            attention.core_attention = original

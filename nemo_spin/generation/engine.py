@@ -3,12 +3,17 @@
 Every rank of a model-parallel group runs the same loop over the same requests; data-parallel replicas know nothing of
 each other. A response is a function of (seed, iteration, index and sample of its request) and the weights, up to
 rounding.
+
+Rows are divided into groups, which go through the model one after the other, again and again. Under pipeline
+parallelism each is in another stage at a time: a stage works on the next group while the tokens of the last one are on
+their way to it. Without, there is one group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,54 +21,21 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from nemo_spin.errors import DataError, UserError
-from nemo_spin.generation.cache import KVCache, kv_cache
+from nemo_spin.generation.cache import CacheShape, CachesInUse, caching
+from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
+from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.mode import generating
 from nemo_spin.generation.noise import sample_key
 from nemo_spin.generation.rotary import RotaryAngles
+from nemo_spin.generation.row_group import RowGroup, to_device
 from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
-from nemo_spin.generation.schedule import Row, Schedule
+from nemo_spin.generation.schedule import MOST_SLOTS, Row, Schedule, Waiting, groups_wanted
 from nemo_spin.generation.stages import Stage
+from nemo_spin.generation.vocabulary import VocabularyShard
 from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.config import SamplingParams
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """index: identifies the prompt in all randomness. max_new_tokens: further limited by what the context leaves.
-
-    sample: number of the response among those to this prompt, each with random numbers of its own.
-    """
-
-    index: int
-    prompt_ids: tuple[int, ...]
-    max_new_tokens: int
-    sample: int = 0
-
-
-@dataclass(frozen=True)
-class Response:
-    """ids: with the stop token, if one was sampled. finish_reason: "stop", or "length" where the budget cut it off."""
-
-    index: int
-    ids: tuple[int, ...]
-    finish_reason: str
-
-
-@dataclass
-class Statistics:
-    """What the last call of `Generator.generate` cost.
-
-    generated_tokens: tokens of all responses. decode_steps: forward passes with one token per row.
-    row_steps: rows in these passes. prefills: passes over prompts. prefill_tokens: their tokens, padding included.
-    """
-
-    generated_tokens: int = 0
-    decode_steps: int = 0
-    row_steps: int = 0
-    prefills: int = 0
-    prefill_tokens: int = 0
 
 
 class Generator:
@@ -74,7 +46,10 @@ class Generator:
     max_sequence_length: tokens of prompt and response together, at most.
     min_length: tokens of a response before which nothing ends it but its budget.
     stop_ids: a response ends with the first of these, which belongs to it.
-    slots: rows decoded at a time. pad_id: any valid id; fills prompts of unequal length.
+    slots: rows decoded at a time; under pipeline parallelism in each of the groups in flight. None: as many as the
+        cache holds, up to MOST_SLOTS.
+    pad_id: any valid id; fills prompts of unequal length.
+    kv_cache_gib: GiB that keys and values take on each process at most. None: a share of the memory that is free.
     should_stop: asked after each token, with the ids generated so far, whether the response ends here; has to answer
         alike on every rank.
     """
@@ -88,26 +63,29 @@ class Generator:
         min_length: int,
         stop_ids: frozenset[int],
         seed: int,
-        slots: int,
+        slots: int | None,
         pad_id: int,
         should_stop: Callable[[Sequence[int]], bool] | None = None,
+        kv_cache_gib: float | None = None,
     ) -> None:
         self.statistics = Statistics()
         self._model, self._max_sequence_length, self._seed = model, max_sequence_length, seed
         self.stop_ids, self._min_length, self._should_stop = stop_ids, min_length, should_stop
-        self._slots, self._pad_id = slots, pad_id
-        parameter = next(model.parameters())
-        self._device, self._dtype = parameter.device, parameter.dtype
+        self._slots, self._pad_id, self._kv_cache_gib = slots or MOST_SLOTS, pad_id, kv_cache_gib
+        self._device = next(model.parameters()).device
         self._stage = Stage(model)
-        self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device)
-        self._sampling = sampling
+        self._vocab_size, self._sampling = vocab_size, sampling
+        self._sampler = None
+        if model.post_process:
+            shard = VocabularyShard(model.output_layer.output_size_per_partition, vocab_size)
+            self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device, shard)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a response depends on beside its request and the weights, as JSON has it."""
         return {
             "seed": self._seed,
-            "vocab_size": self._sampler.vocab_size,
+            "vocab_size": self._vocab_size,
             "max_sequence_length": self._max_sequence_length,
             "min_length": self._min_length,
             "stop_ids": sorted(self.stop_ids),
@@ -122,41 +100,29 @@ class Generator:
         finished: Callable[[Response], None] | None = None,
         interrupted: Callable[[], bool] | None = None,
     ) -> list[Response]:
-        """Responses in the order of the requests.
-
-        progress: told how many more are finished. finished: given each response as soon as it is, on every rank.
-        interrupted: asked after every step whether to end at once, and has to answer alike on every rank of the
-            model-parallel group; if so, only the responses that are finished are returned.
-
-        Raises DataError if a prompt leaves no room for a response, UserError if the model's logits are not finite.
-        The model is then, as after success, in the state in which it was.
-        """
+        """See `Engine.generate`. interrupted: asked before each round of the groups."""
         self.statistics = Statistics()
         rows = [self._row(order, request, iteration) for order, request in enumerate(requests)]
         if not rows:
             return []
-        slots = min(self._slots, len(rows))
-        schedule = Schedule(rows, slots)
-        capacity = max(len(row.prompt_ids) + row.budget for row in rows)
-        seen = None
-        if self._stage.samples and self._sampler.needs_seen_tokens:
-            seen = SeenTokens(slots, self._sampler.vocab_size, self._device)
+        waiting = Waiting(rows)
+        groups = self._groups(rows, waiting)
         # Before `generating`, because megatron-core keeps them for training.
-        angles = self._rotary_angles(capacity)
-        with generating(self._model), kv_cache(self._model, slots, capacity) as cache:
-            while not schedule.done and not (interrupted is not None and interrupted()):
-                beat()
-                admitted = schedule.admit()
-                if admitted:
-                    self._prefill(admitted, len(schedule.active) - len(admitted), cache, angles, seen)
-                else:
-                    self._decode(schedule.active, cache, angles, seen)
-                ended = self._retire(schedule, cache, seen)
-                if finished is not None:
-                    for row in ended:
-                        finished(_response(requests[row.order], row))
-                if ended and progress is not None:
-                    progress(len(ended))
+        angles = self._rotary_angles(max(row.longest for row in rows))
+        with generating(self._model), caching(self._model) as caches, _all_arrives(groups):
+            while waiting or not all(group.idle for group in groups):
+                if interrupted is not None and interrupted():
+                    break
+                for group in groups:
+                    beat()
+                    ended = self._settle(group)
+                    self._advance(group, caches, angles)
+                    self._note_cache(groups)
+                    if finished is not None:
+                        for row in ended:
+                            finished(_response(requests[row.order], row))
+                    if ended and progress is not None:
+                        progress(len(ended))
         return [
             _response(request, row)
             for request, row in zip(requests, rows, strict=True)
@@ -177,47 +143,82 @@ class Generator:
         """[length, 1, 1, d], or None without rotary embedding."""
         return self._model.rotary_pos_emb(length) if self._model.position_embedding_type == "rope" else None
 
-    def _prefill(
-        self, rows: Sequence[Row], first: int, cache: KVCache, angles: Tensor | None, seen: SeenTokens | None
-    ) -> None:
-        """Read the prompts of rows that got the slots from `first` on, and sample the first token of each."""
-        lengths = [len(row.prompt_ids) for row in rows]
+    def _groups(self, rows: Sequence[Row], waiting: Waiting) -> list[RowGroup]:
+        shape = CacheShape.of(self._model)
+        tokens = cache_tokens(shape, self._kv_cache_gib)
+        longest = max(row.longest for row in rows)
+        count = min(groups_wanted(self._stage.count), len(rows), rows_that_fit(tokens, longest, shape))
+        slots = min(self._slots, -(-len(rows) // count))
+        return [
+            RowGroup(Schedule(waiting, slots, tokens // count), slots, shape, self._seen_tokens(slots))
+            for _ in range(count)
+        ]
+
+    def _seen_tokens(self, slots: int) -> SeenTokens | None:
+        sampler = self._sampler
+        if sampler is None or not sampler.needs_seen_tokens:
+            return None
+        return SeenTokens(slots, sampler.columns, self._device, sampler.start)
+
+    def _advance(self, group: RowGroup, caches: CachesInUse, angles: Tensor | None) -> None:
+        """The next pass of a group whose tokens are all known: over the prompts of new rows, if there are any, else a
+        token further. Begins to sample, and does not wait for it."""
+        caches.current = group.cache
+        if admitted := group.schedule.admit():
+            self._prefill(group, admitted, angles)
+        elif group.schedule.active:
+            self._decode(group, angles)
+
+    def _prefill(self, group: RowGroup, rows: Sequence[Row], angles: Tensor | None) -> None:
+        """Read the prompts of rows that have just got slots, and what is there of their responses."""
+        first = group.place(rows)
+        lengths = [row.length for row in rows]
         longest = max(lengths)
-        padded = [row.prompt_ids + (self._pad_id,) * (longest - len(row.prompt_ids)) for row in rows]
-        tokens = torch.tensor(padded, device=self._device)
+        padding = (self._pad_id,)
+        padded = [(*row.prompt_ids, *row.ids, *padding * (longest - row.length)) for row in rows]
+        tokens = to_device(padded, self._device)
         positions = torch.arange(longest, device=self._device).expand_as(tokens)
-        last = torch.tensor(lengths, device=self._device) - 1
-        cache.begin_prefill(first)
-        if seen is not None:
-            seen.admit(first, [row.prompt_ids for row in rows])
+        group.cache.begin_prefill(first)
         rotary = RotaryAngles.of(angles[:longest]) if angles is not None else None
+        last = group.positions()[first:]
         logits = self._stage.forward(tokens, positions, rotary, last)
         self.statistics.prefills += 1
         self.statistics.prefill_tokens += tokens.numel()
-        self._extend(rows, first, logits, seen)
+        self.statistics.prefill_padding += tokens.numel() - sum(lengths)
+        self._sample(group, first, rows, logits)
 
-    def _decode(self, rows: Sequence[Row], cache: KVCache, angles: Tensor | None, seen: SeenTokens | None) -> None:
-        """Sample one more token of every row, all of which are in the slots from 0 on."""
-        host = [[row.ids[-1] for row in rows], [row.length - 1 for row in rows]]
-        tokens, positions = torch.tensor(host, device=self._device)
-        cache.begin_decode(positions, max(row.length for row in rows), self._dtype)
+    def _decode(self, group: RowGroup, angles: Tensor | None) -> None:
+        """Take the newest token of every row into the cache."""
+        rows = group.schedule.active
+        group.make_room(held=len(rows))
+        tokens, positions = group.last_ids(), group.positions()
+        group.cache.begin_decode(positions, group.schedule.longest)
         rotary = RotaryAngles.of(angles[positions, 0][None]) if angles is not None else None
         logits = self._stage.forward(tokens[:, None], positions[:, None], rotary, None)
         self.statistics.decode_steps += 1
         self.statistics.row_steps += len(rows)
-        self._extend(rows, 0, logits, seen)
+        self.statistics.decoded_slots += len(rows)
+        self._sample(group, 0, rows, logits)
 
-    def _extend(self, rows: Sequence[Row], first: int, logits: Tensor | None, seen: SeenTokens | None) -> None:
-        """Sample a token for each of the rows in the slots from `first` on, and see which of them it ends."""
+    def _sample(self, group: RowGroup, first: int, rows: Sequence[Row], logits: Tensor | None) -> None:
+        """Begin to sample a token for the rows in the slots from `first` on. logits: None before the last stage."""
         ids = None
         if logits is not None:
-            host = [[row.key for row in rows], [len(row.ids) for row in rows]]
-            keys, lengths = torch.tensor(host, device=self._device)
-            mask = seen.mask[first : first + len(rows)] if seen is not None else None
-            ids = self._sampler(logits, keys, lengths, mask)
-            if seen is not None:
-                seen.add(first, ids.clamp(min=0))
-        for row, token in zip(rows, self._stage.agree(ids, len(rows), self._device), strict=True):
+            assert self._sampler is not None
+            seen = group.seen.mask[first : first + len(rows)] if group.seen is not None else None
+            ids = self._sampler(logits, *group.randomness(first, len(rows)), seen)
+            if group.seen is not None:
+                group.seen.add(first, ids)
+        group.first_underway, group.rows_underway = first, list(rows)
+        group.underway = self._stage.share(ids, len(rows), self._device)
+
+    def _settle(self, group: RowGroup) -> list[Row]:
+        """Wait for the tokens of a group's last pass, and take out the rows that they end; returns these."""
+        if group.underway is None:
+            return []
+        ids, group.underway = group.underway.wait(), None
+        group.extend(group.first_underway, ids)
+        for row, token in zip(group.rows_underway, ids.tolist(), strict=True):
             if token == NO_TOKEN:
                 raise UserError(
                     "The model's logits are not finite, or no token is left to choose from: check its weights, the "
@@ -225,7 +226,15 @@ class Generator:
                 )
             row.ids.append(token)
             row.finish_reason = self._finish_reason(row)
-        self.statistics.generated_tokens += len(rows)
+        self.statistics.generated_tokens += len(group.rows_underway)
+        ended, preempted, moves = group.schedule.leave()
+        self.statistics.preempted_rows += len(preempted)
+        group.close_gaps(moves)
+        return ended
+
+    def _note_cache(self, groups: Sequence[RowGroup]) -> None:
+        held = sum(group.cache.nbytes for group in groups)
+        self.statistics.peak_cache_bytes = max(self.statistics.peak_cache_bytes, held)
 
     def _finish_reason(self, row: Row) -> str | None:
         if row.ids[-1] in self.stop_ids:
@@ -234,16 +243,23 @@ class Generator:
             return "stop"
         return "length" if len(row.ids) == row.budget else None
 
-    def _retire(self, schedule: Schedule, cache: KVCache, seen: SeenTokens | None) -> list[Row]:
-        """Take finished rows out of their slots and close the gaps; returns them."""
-        finished, moves = schedule.retire()
-        if moves:
-            sources, destinations = torch.tensor(moves, device=self._device).T
-            length = max(schedule.active[destination].length for _, destination in moves)
-            cache.move(sources, destinations, length)
-            if seen is not None:
-                seen.move(sources, destinations)
-        return finished
+
+@contextmanager
+def _all_arrives(groups: Sequence[RowGroup]) -> Iterator[None]:
+    """However it ends inside: afterwards nothing is under way any more, which a later pass could take for its own."""
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):
+            _wait_for_all(groups)
+        raise
+    _wait_for_all(groups)
+
+
+def _wait_for_all(groups: Sequence[RowGroup]) -> None:
+    for group in groups:
+        if group.underway is not None:
+            group.underway.wait()
 
 
 def _response(request: GenerationRequest, row: Row) -> Response:

@@ -1,4 +1,4 @@
-"""Which rows are decoded together: continuous batching over a fixed number of slots.
+"""Which rows go through the model together: continuous batching over slots and a number of tokens in the cache.
 
 Decided on the host from lengths and tokens alone, so that every rank decides the same.
 """
@@ -6,14 +6,24 @@ Decided on the host from lengths and tokens alone, so that every rank decides th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+
+from nemo_spin.generation.cache import GRANULE, round_up
 
 # Tokens of a prefill at most, padding included (a single longer prompt is still taken): bounds its activations.
 PREFILL_TOKENS = 16384
+# Beyond, a pass over more rows takes longer in the same measure, on any device.
+MOST_SLOTS = 256
 
 
-@dataclass
+def groups_wanted(stages: int) -> int:
+    """Groups of rows in flight: one more than there are stages, so that what goes from stage to stage has time to
+    arrive; a single stage waits for nobody."""
+    return stages + 1 if stages > 1 else 1
+
+
+@dataclass(eq=False)
 class Row:
     """A response in the making.
 
@@ -33,43 +43,126 @@ class Row:
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.ids)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and response at most."""
+        return len(self.prompt_ids) + self.budget
 
-class Schedule:
-    """Rows waiting and rows in slots.
 
-    `active[i]` is the row in slot i: there are no gaps, so a decode step costs what its unfinished rows cost.
+class Waiting:
+    """Rows that have no slot, for all groups together.
+
+    The longest prompts come first: rows of similar length are prefilled and decoded together, which saves padding. Of
+    equal ones that with the larger budget comes first, so that what is left at the end is short.
     """
 
-    def __init__(self, rows: Iterable[Row], slots: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
-        # Rows of similar length are prefilled and decoded together, which saves padding; the longest come first.
-        self._waiting = deque(sorted(rows, key=lambda row: (-len(row.prompt_ids), row.order)))
-        self._slots, self._prefill_tokens = slots, prefill_tokens
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = deque(sorted(rows, key=lambda row: (-row.length, -row.budget, row.order)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def first(self) -> Row:
+        return self._rows[0]
+
+    def take(self) -> Row:
+        return self._rows.popleft()
+
+    def put_back(self, row: Row) -> None:
+        """It is the next to be taken."""
+        self._rows.appendleft(row)
+
+
+class Schedule:
+    """The rows of one group, in slots.
+
+    `active[i]` is the row in slot i: there are no gaps, so a decode step costs what its unfinished rows cost.
+    slots: rows at most. cache_tokens: that the cache of this group holds at most, every row taking as many as the
+    longest; has to be enough for the longest row alone. refill: free slots that are worth a prefill.
+    """
+
+    def __init__(
+        self,
+        waiting: Waiting,
+        slots: int,
+        cache_tokens: int,
+        prefill_tokens: int = PREFILL_TOKENS,
+        refill: int | None = None,
+    ) -> None:
+        self._waiting, self._slots, self._cache_tokens = waiting, slots, cache_tokens
+        self._prefill_tokens = prefill_tokens
         # A prefill costs a pass through the model however few rows it has: a few free slots are worth waiting for.
-        self._refill = max(1, slots // 8)
+        self._refill = max(1, slots // 8) if refill is None else refill
+        self._arrivals: list[Row] = []
         self.active: list[Row] = []
 
     @property
-    def done(self) -> bool:
-        return not self._waiting and not self.active
+    def longest(self) -> int:
+        """Tokens of the longest active row."""
+        return max((row.length for row in self.active), default=0)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row of the cache should have for the active rows: with room to grow, where there is room."""
+        limit = max(row.longest for row in self.active)
+        room = self._cache_tokens // len(self.active) // GRANULE * GRANULE
+        return max(round_up(self.longest), min(round_up(min(_with_room_to_grow(self.longest), limit)), room))
 
     def admit(self) -> list[Row]:
         """Move waiting rows to the slots after the active ones; returns them, none if decoding should go on first."""
-        free = self._slots - len(self.active)
-        if not self._waiting or (self.active and free < min(self._refill, len(self._waiting))):
+        worth = min(self._refill, len(self._waiting)) if self.active else 1
+        if not self._waiting or self._slots - len(self.active) < worth:
             return []
-        count = max(1, min(free, len(self._waiting), self._prefill_tokens // max(1, len(self._waiting[0].prompt_ids))))
-        admitted = [self._waiting.popleft() for _ in range(count)]
-        self.active.extend(admitted)
-        return admitted
+        taken, cache_is_full = self._take()
+        if cache_is_full and len(taken) < worth:
+            for row in reversed(taken):
+                self._waiting.put_back(row)
+            return []
+        self.active.extend(taken)
+        self._arrivals.extend(taken)
+        return taken
 
-    def retire(self) -> tuple[list[Row], list[tuple[int, int]]]:
-        """Remove finished rows. Returns them, and the moves (from slot, to slot) that close the gaps they leave."""
+    def leave(self) -> tuple[list[Row], list[Row], list[tuple[int, int]]]:
+        """Remove finished rows and, where the cache is too small for all others, those that came last.
+
+        Returns the finished ones, those that wait again, and the moves (from slot, to slot) that close the gaps.
+        """
         finished = [row for row in self.active if row.finish_reason is not None]
-        remaining = len(self.active) - len(finished)
-        gaps = [slot for slot, row in enumerate(self.active[:remaining]) if row.finish_reason is not None]
-        movers = [slot for slot in range(remaining, len(self.active)) if self.active[slot].finish_reason is None]
+        stays = [row for row in self._arrivals if row.finish_reason is None]
+        preempted = []
+        while len(stays) * round_up(max((row.length for row in stays), default=0)) > self._cache_tokens:
+            preempted.append(stays.pop())
+            self._waiting.put_back(preempted[-1])
+        self._arrivals = stays
+        return finished, preempted, self._close_gaps(finished + preempted)
+
+    def _close_gaps(self, leaving: Collection[Row]) -> list[tuple[int, int]]:
+        gone = {id(row) for row in leaving}
+        remaining = len(self.active) - len(leaving)
+        gaps = [slot for slot, row in enumerate(self.active[:remaining]) if id(row) in gone]
+        movers = [slot for slot in range(remaining, len(self.active)) if id(self.active[slot]) not in gone]
         moves = list(zip(movers, gaps, strict=True))
         for source, destination in moves:
             self.active[destination] = self.active[source]
         del self.active[remaining:]
-        return finished, moves
+        return moves
+
+    def _take(self) -> tuple[list[Row], bool]:
+        """The waiting rows for which there are slots, cache and prefill tokens; whether the cache is full then."""
+        taken: list[Row] = []
+        longest, limit = self.longest, max((row.longest for row in self.active), default=0)
+        padded = 0
+        while self._waiting and (rows := len(self.active) + len(taken)) < self._slots:
+            row = self._waiting.first()
+            longest, limit, padded = max(longest, row.length), max(limit, row.longest), max(padded, row.length)
+            grown = round_up(min(_with_room_to_grow(longest), limit))
+            if rows and (rows + 1) * grown > self._cache_tokens:
+                return taken, True
+            if taken and (len(taken) + 1) * padded > self._prefill_tokens:
+                break
+            taken.append(self._waiting.take())
+        return taken, False
+
+
+def _with_room_to_grow(length: int) -> int:
+    return length + max(4 * GRANULE, length // 4)

@@ -1,6 +1,8 @@
-"""The model laid out over ranks: hidden states between pipeline stages, logits and tokens within the group.
+"""The model laid out over ranks: hidden states from stage to stage, sampled tokens back from the last one.
 
-Everything that generation sends from rank to rank is here.
+Everything that generation sends from stage to stage is here. All of it goes from rank to rank within a pipeline group,
+and between two ranks always in the order of the passes, hidden states before the tokens that come of them: so none
+waits for another in a circle, also where a backend does what two ranks have to say to each other one after the other.
 """
 
 from __future__ import annotations
@@ -12,28 +14,41 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 
+class Underway:
+    """The tokens of one pass, which may still be on their way."""
+
+    def __init__(self, ids: Tensor, works: list[tuple[dist.Work, Tensor]]) -> None:
+        self._ids, self._works = ids, works
+
+    def wait(self) -> Tensor:
+        """[b] int64, when everything that the pass has sent or asked for has come."""
+        for work, _ in self._works:
+            work.wait()
+        self._works = []
+        return self._ids
+
+
 class Stage:
     """This rank's pipeline stage. Every rank of the model-parallel group makes the same calls in the same order."""
 
     def __init__(self, model: GPTModel) -> None:
         self.model = model
-        self._tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        self._pp_size = parallel_state.get_pipeline_model_parallel_world_size()
-        # Ranks of the group are ordered by stage, then by tensor-parallel rank.
-        group = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        self._sampling_rank = group[(self._pp_size - 1) * self._tp_size]
+        self._group = parallel_state.get_pipeline_model_parallel_group()
+        self._ranks = dist.get_process_group_ranks(self._group)
+        self._place = self._ranks.index(dist.get_rank())
+        self._sent: list[tuple[dist.Work, Tensor]] = []
 
     @property
-    def samples(self) -> bool:
-        """Whether this rank is the one of its group that has all logits: the first of the last stage."""
-        return dist.get_rank() == self._sampling_rank
+    def count(self) -> int:
+        """Pipeline stages."""
+        return len(self._ranks)
 
     def forward(self, tokens: Tensor, positions: Tensor, rotary: Tensor | None, last: Tensor | None) -> Tensor | None:
-        """One pass through all stages.
+        """One pass through this stage; what comes out goes to the next one.
 
         tokens, positions: [b, s] int64. rotary: [s, 1 or b, 1, d] angles, None without rotary embedding.
         last: [b] int64, the column of each row whose logits are wanted; None where s is 1.
-        Returns the logits [b, padded_vocab_rows] on the rank that `samples`, elsewhere None.
+        Returns the logits [b, padded_vocab_rows / tp] of this rank's vocabulary on the last stage, elsewhere None.
         """
         model = self.model
         hidden = None
@@ -43,37 +58,30 @@ class Stage:
             model.decoder.set_input_tensor(self._receive(tokens.shape[1], tokens.shape[0], tokens.device))
         hidden = model.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         if not model.post_process:
-            self._send(hidden)
+            self._send(hidden.contiguous(), self._ranks[self._place + 1])
             return None
         if last is not None:
             hidden = hidden[last, torch.arange(len(last), device=last.device)][None]
         weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
         logits, _ = model.output_layer(hidden, weight=weight)
-        return self._gather(logits[0])
+        return logits[0]
 
-    def agree(self, ids: Tensor | None, count: int, device: torch.device) -> list[int]:
-        """Give the sampled tokens to every rank of the group. ids: [count] int64 where `samples`, elsewhere None."""
-        if ids is None:
+    def share(self, ids: Tensor | None, count: int, device: torch.device) -> Underway:
+        """Begin to give the tokens of the last pass to every stage. ids: [count] int64 on the last one, else None."""
+        if ids is not None:
+            for rank in self._ranks[:-1]:
+                self._send(ids, rank)
+        else:
             ids = torch.empty(count, dtype=torch.int64, device=device)
-        if self._tp_size * self._pp_size > 1:
-            dist.broadcast(ids, self._sampling_rank, group=parallel_state.get_model_parallel_group())
-        return ids.tolist()
+            self._sent.append((dist.irecv(ids, self._ranks[-1], group=self._group), ids))
+        underway, self._sent = Underway(ids, self._sent), []
+        return underway
 
     def _receive(self, length: int, batch: int, device: torch.device) -> Tensor:
         config = self.model.config
         hidden = torch.empty(length, batch, config.hidden_size, dtype=config.pipeline_dtype, device=device)
-        source = parallel_state.get_pipeline_model_parallel_prev_rank()
-        dist.recv(hidden, source, group=parallel_state.get_pipeline_model_parallel_group())
+        dist.recv(hidden, self._ranks[self._place - 1], group=self._group)
         return hidden
 
-    def _send(self, hidden: Tensor) -> None:
-        destination = parallel_state.get_pipeline_model_parallel_next_rank()
-        dist.send(hidden.contiguous(), destination, group=parallel_state.get_pipeline_model_parallel_group())
-
-    def _gather(self, logits: Tensor) -> Tensor | None:
-        """[b, rows / tp] of each tensor-parallel rank -> [b, rows] on the first of them."""
-        if self._tp_size == 1:
-            return logits
-        parts = [torch.empty_like(logits) for _ in range(self._tp_size)] if self.samples else None
-        dist.gather(logits.contiguous(), parts, self._sampling_rank, parallel_state.get_tensor_model_parallel_group())
-        return torch.cat(parts, dim=-1) if parts else None
+    def _send(self, tensor: Tensor, rank: int) -> None:
+        self._sent.append((dist.isend(tensor, rank, group=self._group), tensor))

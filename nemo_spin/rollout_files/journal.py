@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.faults import reached
-from nemo_spin.generation.engine import Response
+from nemo_spin.generation.interface import Response
 from nemo_spin.rollout_files.part import ForeignError, Origin, UnreadableError
 from nemo_spin.rollouts import Answer
 

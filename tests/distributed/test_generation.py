@@ -17,7 +17,8 @@ from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.config import SamplingParams
 from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import round_up
-from nemo_spin.generation.engine import GenerationRequest, Generator, Response
+from nemo_spin.generation.engine import Generator
+from nemo_spin.generation.interface import GenerationRequest, Response
 from nemo_spin.megatron.gpt import build_gpt
 
 LLAMA, GPT2 = toy_architecture(), gpt2_architecture()

@@ -178,7 +178,7 @@ def test_what_becomes_of_a_key(override: str, verdict: str, note: str | None) ->
 
 
 def test_what_a_translated_key_does() -> None:
-    assert parse_config(composed(*LAUNCH)).spin.rollout_batch_size == 8
+    assert parse_config(composed(*LAUNCH)).spin.rollout_batch_size is None
     cfg = parse_config(composed(*LAUNCH, "model.spin.rollout_micro_batch_size=4", "trainer.max_time=01:02:03:04"))
     assert cfg.spin.rollout_batch_size == 4
     assert cfg.loop.max_seconds == ((1 * 24 + 2) * 60 + 3) * 60 + 4

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nemo_spin.generation.engine import Response
+from nemo_spin.generation.interface import Response
 from nemo_spin.rollout_files import journal as journals
 from nemo_spin.rollout_files import part as parts
 from nemo_spin.rollout_files.directory import RolloutDirectory
