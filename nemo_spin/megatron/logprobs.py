@@ -1,7 +1,7 @@
 """Log-probabilities of response tokens, from hidden states and an output layer that is sharded over the vocabulary.
 
 Only the positions that predict a response token are multiplied with the output layer, and of those no more at a time
-than fit `_LOGITS_AT_A_TIME`: with a vocabulary of 128 thousand rows, logits are by far the largest tensor of a step.
+than fit `LOGITS_AT_A_TIME`: with a vocabulary of 128 thousand rows, logits are by far the largest tensor of a step.
 Where all of them fit, they are kept for the backward pass, else they are computed again there, chunk by chunk.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from nemo_spin.packing import Targets, gather_rows
 
 # 256 MiB in fp32, and still 512 positions of a vocabulary of 128 thousand: enough to keep matrix units busy.
-_LOGITS_AT_A_TIME = 2**26
+LOGITS_AT_A_TIME = 2**26
 
 
 def target_logps(
@@ -127,8 +127,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _chunks(count: int, columns: int) -> Iterator[slice]:
-    """Slices of `count` rows with at most `_LOGITS_AT_A_TIME` elements each; one at least."""
-    rows = max(1, _LOGITS_AT_A_TIME // columns)
+    """Slices of `count` rows with at most `LOGITS_AT_A_TIME` elements each; one at least."""
+    rows = max(1, LOGITS_AT_A_TIME // columns)
     return (slice(start, start + rows) for start in range(0, max(count, 1), rows))
 
 

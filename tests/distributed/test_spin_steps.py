@@ -101,6 +101,13 @@ LAYOUTS = {
     "micro-batch-size-1": ({}, {"micro_batch_size": 1}),
     "micro-batch-size-4": ({}, {"micro_batch_size": 4}),
     "dp2-micro-batch-size-4": ({"dp": 2}, {"micro_batch_size": 4}),
+    "padded": ({}, {"packed": False}),
+    "dp2-padded-micro-batch-tokens": ({"dp": 2}, {"packed": False, "micro_batch_tokens": 80}),
+    "dp2-micro-batch-tokens": ({"dp": 2}, {"micro_batch_tokens": 50}),
+    "pp2-sequence-parallel-micro-batch-tokens": (
+        {"pp": 2, "tp": 2},
+        {"micro_batch_tokens": 50, "sequence_parallel": True},
+    ),
     "selective-recompute": ({"tp": 2}, {"recompute": "selective"}),
 }
 
