@@ -52,9 +52,7 @@ def packed_beside_separate(**options: Any) -> dict[str, Any]:
         name: float((packed_gradients[name] - gradient).norm() / max(gradient.norm(), 1e-3 * largest))
         for name, gradient in gradients.items()
     }
-    shapes = [
-        tuple(m.inputs.tokens.shape) for m in steps._spin_micro_batches(pairs, replace(play.batching, packed=True))
-    ]
+    shapes = [tuple(micro_batch.inputs.tokens.shape) for micro_batch in micro_batches]
     return {
         "gradients": differences,
         "metrics": (metrics, packed_metrics),
