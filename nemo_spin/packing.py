@@ -234,7 +234,8 @@ def _blocks(lengths: Sequence[int]) -> list[list[int]]:
 
 def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        # The copy is queued; on a GPU the host does not wait for what runs there.
+        return value.to(device, non_blocking=True)
     if isinstance(value, tuple):
         return tuple(_to(item, device) for item in value)
     if isinstance(value, Targets | AttentionRows | ModelInput):

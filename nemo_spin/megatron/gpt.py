@@ -90,7 +90,7 @@ def forward(model: torch.nn.Module, batch: ModelInput, vocab_size: int) -> Tenso
 
 def _thd(lengths: tuple[int, ...], on: torch.device) -> PackedSeqParams:
     """For TransformerEngine's attention, as megatron-core documents it; it was never run here."""
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=on)
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(on, non_blocking=True)
     longest = max(lengths)
     return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 

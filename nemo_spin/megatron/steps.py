@@ -125,12 +125,14 @@ def spin_metrics_of(gpt: GPTModel, pairs: Sequence[Pair], beta: float, batching:
     return _total(values, _device(gpt))
 
 
-def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[tuple[Tensor, Tensor]]]:
-    """Chosen and rejected of a pair go through the model together; with them their weights and reference logps."""
+def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[tuple[Tensor, ...]]]:
+    """Chosen and rejected of a pair go through the model together; with them their weights [b], reference logps [b, 2]
+    and numbers of tokens [b, 2]."""
     groups = [ResponseGroup.of_pair(pair) for pair in pairs]
     reference = torch.tensor([[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in pairs])
+    tokens = torch.tensor([[len(response) for response in group.responses] for group in groups], dtype=torch.float32)
     return [
-        MicroBatch(batching.collate([groups[i] for i in numbers]), (weights, reference[numbers]))
+        MicroBatch(batching.collate([groups[i] for i in numbers]), (weights, reference[numbers], tokens[numbers]))
         for numbers, weights in _own_share(groups, batching)
     ]
 
@@ -138,17 +140,15 @@ def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[Micro
 def _spin_objective(beta: float, num_pairs: int) -> forward.Objective:
     """The mean loss over `num_pairs` pairs, and the sums of the metrics over a micro-batch."""
 
-    def objective(micro_batch: MicroBatch[tuple[Tensor, Tensor]], per_token_logps: Tensor):
+    def objective(micro_batch: MicroBatch[tuple[Tensor, ...]], per_token_logps: Tensor):
         logps = per_token_logps.sum(-1)
-        weights, reference = (t.to(logps.device) for t in micro_batch.context)
+        weights, reference, tokens = (t.to(logps.device, non_blocking=True) for t in micro_batch.context)
         chosen, rejected = logps.chunk(2)
         ref_chosen, ref_rejected = reference.unbind(-1)
         losses = spin_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-        lengths = micro_batch.inputs.targets.lengths
-        tokens = torch.tensor(lengths, dtype=torch.float32, device=logps.device).chunk(2)
         with torch.no_grad():
             values = spin_metrics(chosen, rejected, ref_chosen, ref_rejected, beta)
-            values |= {"loss": losses, "tokens/chosen": tokens[0], "tokens/rejected": tokens[1]}
+            values |= {"loss": losses, "tokens/chosen": tokens[:, 0], "tokens/rejected": tokens[:, 1]}
             sums = {name: (value * weights).sum() for name, value in values.items()}
         return (losses * weights).sum() * (_gradient_scale() / num_pairs), sums
 
@@ -163,7 +163,7 @@ def sft_step(optimizer: Optimizer, examples: Sequence[Example], batching: Batchi
     tokens = sum(len(example.response_ids) for example in examples)
 
     def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor):
-        weights = micro_batch.context.to(per_token_logps.device)
+        weights = micro_batch.context.to(per_token_logps.device, non_blocking=True)
         nll = -(per_token_logps.sum(-1) * weights).sum()
         return nll * (_gradient_scale() / tokens), {"loss": nll.detach()}
 

@@ -124,6 +124,18 @@ def test_every_layout_trains_and_generates_the_same(workers: Any, baseline: dict
     assert relative_distance(result["weights"], baseline["weights"]) < 1e-5
 
 
+def a_step_on_one_pair() -> dict[str, Any]:
+    play = SelfPlay()
+    data = examples(1)
+    return {"history": [play.step(as_pairs(data, play.roll_out(data, 0)))], "shards": play.shards()}
+
+
+def test_a_batch_of_fewer_pairs_than_replicas_is_that_of_its_pairs(workers: Any) -> None:
+    expected, result = (summary(workers.run(a_step_on_one_pair, dp=dp)) for dp in (1, 2))
+    assert result["history"][0] == pytest.approx(expected["history"][0], rel=1e-5)
+    assert relative_distance(result["weights"], expected["weights"]) < 1e-5
+
+
 def test_tied_embeddings_stay_tied_over_pipeline_stages(workers: Any) -> None:
     options = {"architecture": {"share_embeddings_and_output_weights": True}}
     expected = summary(workers.run(two_iterations, **options))
