@@ -13,6 +13,7 @@ from nemo_spin.checkpoint.architecture import Architecture, layer_tensors, outer
 from nemo_spin.errors import ConfigError
 from nemo_spin.generation.schedule import groups_wanted
 from nemo_spin.megatron.gpt import padded_vocab_rows
+from nemo_spin.megatron.logprobs import LOGITS_AT_A_TIME
 
 if TYPE_CHECKING:
     from nemo_spin.config import SpinConfig
@@ -146,10 +147,14 @@ def _parameters_per_device(architecture: Architecture, tp: int, pp: int) -> int:
 
 def _activations(architecture: Architecture, cfg: SpinConfig, length: int, bytes_per_value: int) -> int:
     """Korthikanti et al. 2022 (arXiv 2205.05198), table 2, without dropout's masks and attention's score matrix; the
-    first pipeline stage keeps those of as many micro-batches as there are stages. Beside them the logits in fp32."""
+    first pipeline stage keeps those of as many micro-batches as there are stages. Beside them logits in fp32, no
+    more of them than `logprobs` holds at a time."""
     transformer, parallel = architecture.transformer, cfg.parallel
     tp = parallel.tensor_model_parallel_size
+    # Two responses that are about as long as the human one, behind a prompt each: what is packed is less.
     tokens = 2 * cfg.micro_batch_size * length
+    if cfg.micro_batch_tokens is not None:
+        tokens = max(cfg.micro_batch_tokens, 2 * length)
     hidden, ffn = transformer["hidden_size"], transformer["ffn_hidden_size"]
     per_token = 4 * hidden  # norms and the inputs of attention and MLP
     heads = (transformer["num_attention_heads"] + 2 * transformer["num_query_groups"]) * transformer["kv_channels"]
@@ -158,7 +163,7 @@ def _activations(architecture: Architecture, cfg: SpinConfig, length: int, bytes
     if cfg.recompute.granularity == "full":
         per_layer = tokens * hidden
     layers = transformer["num_layers"] * per_layer * bytes_per_value
-    logits = 2 * 4 * tokens * architecture.vocab_rows / tp
+    logits = 2 * 4 * min(tokens * architecture.vocab_rows / tp, LOGITS_AT_A_TIME)
     return int(layers + logits)
 
 

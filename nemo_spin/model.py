@@ -141,14 +141,18 @@ class MegatronGPTSPINModel(ModelPT):
             kv_cache_gib=kv_cache_gib,
         )
 
-    def batching(self, micro_batch_size: int) -> Batching:
-        """How sequences become tensors for this model, `micro_batch_size` at a time."""
+    def batching(
+        self, micro_batch_size: int, micro_batch_tokens: int | None = None, packed: bool | None = None
+    ) -> Batching:
+        """How sequences become tensors for this model; the arguments as in `Batching`."""
         tensor_model_parallel_size, _ = setup.layout()
         return Batching(
             vocab_size=self.architecture.vocab_size,
             pad_id=self.tokenizer.pad_id,
             micro_batch_size=micro_batch_size,
             multiple_of=tensor_model_parallel_size if self.sequence_parallel else 1,
+            micro_batch_tokens=micro_batch_tokens,
+            packed=packed,
         )
 
     # ------------------------------------------------------------------------------------------ training
@@ -160,8 +164,9 @@ class MegatronGPTSPINModel(ModelPT):
         `end_strings`.
         """
         self._context_length = context_length
-        self._train_batching = self.batching(cfg.micro_batch_size)
-        self._score_batching = self.batching(2 * cfg.spin.log_prob_forward_micro_batch_size)
+        at_a_time = cfg.micro_batch_tokens, cfg.packed_sequence
+        self._train_batching = self.batching(cfg.micro_batch_size, *at_a_time)
+        self._score_batching = self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time)
         self._max_new_tokens = cfg.spin.length_params.max_length or context_length
         self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
         self.reference = Reference(self.gpt, keep_copy=cfg.spin.rollout_window is not None)

@@ -48,6 +48,33 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseGroup:
+    """A prompt with one or more responses to it, as token ids: what is trained on or scored together."""
+
+    prompt_ids: Sequence[int]
+    responses: tuple[Sequence[int], ...]
+
+    @classmethod
+    def of_example(cls, example: Example) -> ResponseGroup:
+        return cls(example.prompt_ids, (example.response_ids,))
+
+    @classmethod
+    def of_pair(cls, pair: Pair) -> ResponseGroup:
+        """Chosen first, then rejected."""
+        return cls(pair.example.prompt_ids, (pair.example.response_ids, pair.rejected_ids))
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens of the prompt, once, and of all responses."""
+        return len(self.prompt_ids) + sum(map(len, self.responses))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest response."""
+        return len(self.prompt_ids) + max(map(len, self.responses))
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Right-padded sequences of prompt and response.
 

@@ -12,8 +12,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from nemo_spin.generation.interface import Engine, GenerationRequest, Response
 from nemo_spin.megatron.agreement import gathered
-from nemo_spin.megatron.steps import Batching, response_logps
-from nemo_spin.pairs import Example
+from nemo_spin.megatron.steps import Batching, group_logps, response_logps
+from nemo_spin.pairs import Example, ResponseGroup
 
 T = TypeVar("T")
 
@@ -113,14 +113,14 @@ def _score(
     batching: Batching,
     progress: Callable[[str, int], None] | None,
 ) -> list[Rollout]:
-    prompts = [example.prompt_ids for example in examples]
-    both = [example.response_ids for example in examples] + [answer.ids for answer in answers]
-    logps = sequence_logps(gpt, prompts * 2, both, batching, _phase(progress, "scoring"))
+    groups = [
+        ResponseGroup(example.prompt_ids, (example.response_ids, answer.ids))
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+    logps = group_logps(gpt, groups, batching, _phase(progress, "scoring"))
     return [
-        Rollout(example.index, answer.ids, answer.finish_reason, chosen, rejected)
-        for example, answer, chosen, rejected in zip(
-            examples, answers, logps[: len(examples)], logps[len(examples) :], strict=True
-        )
+        Rollout(example.index, answer.ids, answer.finish_reason, *(float(one.double().sum()) for one in both))
+        for example, answer, both in zip(examples, answers, logps, strict=True)
     ]
 
 

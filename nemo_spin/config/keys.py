@@ -44,7 +44,8 @@ KEYS: dict[str, frozenset[str]] = {
         "pretrained_checkpoint": "restore_from_path",
         "model": (
             "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel micro_batch_size "
-            f"global_batch_size encoder_seq_length seed {_RECOMPUTE} spin optim data tokenizer"
+            "micro_batch_tokens packed_sequence global_batch_size encoder_seq_length seed "
+            f"{_RECOMPUTE} spin optim data tokenizer"
         ),
         "model.spin": (
             "ref_policy_kl_penalty rollout_batch_size kv_cache_gib rollout_window log_prob_forward_micro_batch_size "

@@ -103,6 +103,8 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
         train_ds=parse_dataset(data.section("train_ds"), data, shuffle=True),
         validation_ds=parse_validation(data),
         micro_batch_size=micro_batch_size,
+        micro_batch_tokens=model.optional_integer("micro_batch_tokens", minimum=1),
+        packed_sequence=model.optional_flag("packed_sequence"),
         global_batch_size=global_batch_size,
         encoder_seq_length=model.optional_integer("encoder_seq_length", minimum=2),
         seed=model.integer("seed", 1234, minimum=0),

@@ -293,6 +293,9 @@ class SpinConfig:
     """A whole run.
 
     micro_batch_size, global_batch_size: pairs per forward pass of a data-parallel rank, and per optimizer step.
+    micro_batch_tokens: most tokens per forward pass in place of micro_batch_size and log_prob_forward_micro_batch_size;
+        a pair with more goes alone. None for those.
+    packed_sequence: whether sequences lie one behind the other in place of padding; None to choose, see `Batching`.
     encoder_seq_length: longest sequence in tokens; None for the checkpoint's.
     seed: >= 0, of data order and of every generated response.
     precision: "32", or "bf16" with fp32 main parameters.
@@ -308,6 +311,8 @@ class SpinConfig:
     train_ds: DatasetConfig
     validation_ds: DatasetConfig | None
     micro_batch_size: int
+    micro_batch_tokens: int | None
+    packed_sequence: bool | None
     global_batch_size: int
     encoder_seq_length: int | None
     seed: int

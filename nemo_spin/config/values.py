@@ -46,6 +46,9 @@ class Section:
             raise self.error(key, "use true or false")
         return value
 
+    def optional_flag(self, key: str) -> bool | None:
+        return None if self.get(key) is None else self.flag(key, False)
+
     def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int, maximum: int | None = None) -> int:
         value = self.get(key, default)
         if not _is_integer(value) or value < minimum or (maximum is not None and value > maximum):

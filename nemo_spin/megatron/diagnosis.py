@@ -10,8 +10,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from nemo_spin.megatron.finite import gradients_not_finite, weights_not_finite
-from nemo_spin.megatron.steps import Batching, response_logps
-from nemo_spin.pairs import Pair
+from nemo_spin.megatron.steps import Batching, group_logps
+from nemo_spin.pairs import Pair, ResponseGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,9 @@ class Diagnosis:
 
 def diagnose(gpt: GPTModel, pairs: Sequence[Pair], batching: Batching) -> Diagnosis:
     """Look at the model, at the gradients of its last backward pass, and at a global batch; every process calls it."""
-    prompts = [pair.example.prompt_ids for pair in pairs]
-    responses = [pair.example.response_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    logps = [_of_response(values) for values in response_logps(gpt, prompts * 2, responses, batching)]
-    return Diagnosis(logps[: len(pairs)], logps[len(pairs) :], weights_not_finite(gpt), gradients_not_finite(gpt))
+    both = group_logps(gpt, [ResponseGroup.of_pair(pair) for pair in pairs], batching)
+    chosen, rejected = ([_of_response(values) for values in one] for one in zip(*both, strict=True))
+    return Diagnosis(chosen, rejected, weights_not_finite(gpt), gradients_not_finite(gpt))
 
 
 def _of_response(logps: Tensor) -> ResponseLogps:

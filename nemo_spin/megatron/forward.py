@@ -1,6 +1,6 @@
 """Runs micro-batches through the pipeline, forward only or forward and backward.
 
-The objective sees log-probabilities only; what the pipeline stages exchange, and which of them holds the logits, is
+The objective sees log-probabilities only; what the pipeline stages exchange, and which of them has the output layer, is
 megatron-core's business and ends here.
 """
 
@@ -15,29 +15,32 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from nemo_spin.megatron.logprobs import next_tokens, per_token_logps, vocab_padding_masked
-from nemo_spin.pairs import TokenBatch
+from nemo_spin.megatron import gpt
+from nemo_spin.packing import ModelInput
 from nemo_spin.watchdog import beat
 
 T = TypeVar("T")
 
 
 class MicroBatch(Generic[T]):
-    """Sequences that go through the model together, and what the objective needs to know of them.
+    """What goes through the model together, and what the objective needs to know of it.
 
-    sequences: the padded sequences, [b, s].
     context: anything; passed on to the objective unchanged.
     """
 
-    __slots__ = ("context", "sequences")
+    __slots__ = ("context", "inputs")
 
-    def __init__(self, sequences: TokenBatch, context: T) -> None:
-        self.sequences = sequences
+    def __init__(self, inputs: ModelInput, context: T) -> None:
+        self.inputs = inputs
         self.context = context
 
 
 Objective = Callable[[MicroBatch[Any], Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(micro-batch, per_token_logps [b, s-1]) -> (scalar to minimize, detached tensors to return)."""
+"""(micro-batch, per_token_logps) -> (scalar to minimize, detached tensors to return).
+
+per_token_logps: fp32 [responses, longest], 0 behind the end of each; all first responses of the micro-batch's groups
+come before all second ones.
+"""
 
 
 def run(
@@ -53,7 +56,7 @@ def run(
 
     model: GPTModel or its DDP wrapper; every process of a data-parallel replica passes the same micro-batches.
     The sum over micro-batches of the objective's first value is what is differentiated, averaged over data parallel.
-    progress: told the number of sequences of each micro-batch that has passed this stage.
+    progress: told the number of responses of each micro-batch that has passed this stage.
     """
     count = len(micro_batches)
     device = next(model.parameters()).device
@@ -61,30 +64,28 @@ def run(
     def forward_step(iterator: Iterator[MicroBatch[Any]], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         beat()
         micro_batch = next(iterator)
-        sequences = micro_batch.sequences.to(device)
-        positions = torch.arange(sequences.tokens.shape[1], device=device).expand_as(sequences.tokens)
-        output = model(sequences.tokens, positions, None, labels=next_tokens(sequences))
+        inputs = micro_batch.inputs.to(device)
+        output = gpt.forward(model, inputs, vocab_size)
         if progress is not None:
-            progress(sequences.tokens.shape[0])
+            progress(len(inputs.targets.lengths))
 
-        def loss_func(next_token_nll: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, values = objective(micro_batch, per_token_logps(next_token_nll, sequences))
+        def loss_func(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, values = objective(micro_batch, inputs.targets.by_response(logps))
             # The schedule divides by the number of micro-batches, in place; the objective has its own denominator.
             return loss * count, values
 
         return output, loss_func
 
-    longest = max(micro_batch.sequences.tokens.shape[1] for micro_batch in micro_batches)
-    with vocab_padding_masked(model, vocab_size):
-        values = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[model],
-            num_microbatches=count,
-            seq_length=longest,
-            micro_batch_size=micro_batches[0].sequences.tokens.shape[0],
-            forward_only=forward_only,
-        )
+    values = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=[model],
+        num_microbatches=count,
+        # Of no effect where it matters: pipeline stages tell each other the shape of what they send.
+        seq_length=max(micro_batch.inputs.tokens.shape[1] for micro_batch in micro_batches),
+        micro_batch_size=micro_batches[0].inputs.tokens.shape[0],
+        forward_only=forward_only,
+    )
     return from_last_stage(values)
 
 

@@ -6,14 +6,29 @@ scaled_dot_product_attention, which never holds the [s, s] score matrix of megat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from nemo_spin.packing import AttentionRows, gather_rows
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """Tells `CausalAttention` what lies in a row of packed tokens.
+
+    megatron-core hands it through to attention with each call, also where activations are computed again. What it looks
+    at itself is `max_seqlen_q` and `max_seqlen_kv`: how many rotary angles are needed.
+    """
+
+    rows: AttentionRows | None = None
 
 
 class Norm(torch.nn.Module):
@@ -42,9 +57,10 @@ class Norm(torch.nn.Module):
 
 
 class CausalAttention(MegatronModule):
-    """Causal self-attention over whole sequences.
+    """Causal self-attention over whole sequences, padded on the right or packed.
 
-    Batches are padded on the right, so that causality alone keeps real tokens from seeing padding: no mask is needed.
+    Causality alone keeps real tokens from seeing padding: no mask is needed. Packed tokens are laid out as padded rows
+    for attention only, and a prompt that responses share is in the row of each of them.
     """
 
     def __init__(
@@ -59,11 +75,35 @@ class CausalAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedRows | None = None,
+        **_: Any,
+    ) -> Tensor:
         """query [s, b, heads, d], key and value [s, b, groups, d] of this tensor-parallel rank -> [s, b, heads * d]."""
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params.rows)
         length, batch, heads, head_dim = query.shape
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != heads
-        )
+        out = self._attend(*(t.permute(1, 2, 0, 3) for t in (query, key, value)))
         return out.permute(2, 0, 1, 3).reshape(length, batch, heads * head_dim)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, rows: AttentionRows) -> Tensor:
+        """As `forward`, of [T, 1, ...] -> [T, 1, heads * d]."""
+        slots = [gather_rows(t.squeeze(1), rows.index, rows.shares) for t in (query, key, value)]
+        blocks = zip(*(t.split([count * length for count, length in rows.shapes]) for t in slots), strict=True)
+        outputs = []
+        for (count, length), block in zip(rows.shapes, blocks, strict=True):
+            out = self._attend(*(t.unflatten(0, (count, length)).transpose(1, 2) for t in block))
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return gather_rows(out.flatten(1), rows.slot_of_token, ((rows.tokens, rows.slot_of_token),)).unsqueeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [b, heads, s, d], key and value [b, groups, s, d] -> [b, heads, s, d]."""
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
+        )

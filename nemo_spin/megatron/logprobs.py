@@ -1,42 +1,47 @@
-"""Log-probabilities of response tokens from a model whose logits are sharded over the vocabulary.
+"""Log-probabilities of response tokens, from hidden states and an output layer that is sharded over the vocabulary.
 
-The model is given the token that follows each position and returns its negative log-probability. Its logits, the
-largest tensor of a step, then stay as megatron-core holds them, [s, b, v]: to return them, it would transpose them, at
-the price of a copy in the forward pass and two in the backward pass.
+Only the positions that predict a response token are multiplied with the output layer, and of those no more at a time
+than fit `LOGITS_AT_A_TIME`: with a vocabulary of 128 thousand rows, logits are by far the largest tensor of a step.
+Where all of them fit, they are kept for the backward pass, else they are computed again there, chunk by chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
-from nemo_spin.pairs import TokenBatch
+from nemo_spin.packing import Targets, gather_rows
+
+# 256 MiB in fp32, and still 512 positions of a vocabulary of 128 thousand: enough to keep matrix units busy.
+LOGITS_AT_A_TIME = 2**26
 
 
-@contextmanager
-def vocab_padding_masked(model: torch.nn.Module, vocab_size: int) -> Iterator[None]:
-    """Inside, padding rows of the vocabulary, those from `vocab_size` on, have no part in the model's softmax.
+def target_logps(
+    hidden: Tensor, weight: Tensor, targets: Targets, vocab_size: int, sequence_parallel: bool = False
+) -> Tensor:
+    """The log-probability of every response token given what comes before it.
 
-    model: GPTModel or its DDP wrapper.
+    hidden: [s, b, h] after the final norm; under sequence parallelism this rank's part of s. weight: this
+    tensor-parallel rank's rows of the output layer, [padded_vocab_rows / tensor_model_parallel_size, h]. vocab_size:
+    rows from it on only pad, and have no part in the softmax.
+    Returns fp32 [n], the same on every tensor-parallel rank.
     """
-    gpt = getattr(model, "module", model)
-    if not gpt.post_process:
-        yield
-        return
-
-    def mask(_module: torch.nn.Module, _inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
-        mask_vocab_padding(output[0], vocab_size)
-
-    handle = gpt.output_layer.register_forward_hook(mask)
-    try:
-        yield
-    finally:
-        handle.remove()
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden)
+    predictors = gather_rows(hidden.flatten(0, 1), targets.predictors, targets.shares)
+    if not sequence_parallel:
+        # Its backward pass sums what each rank's part of the vocabulary says; above, the gather's does.
+        predictors = copy_to_tensor_model_parallel_region(predictors)
+    return _TokenLogps.apply(predictors, weight, targets.ids, vocab_size)
 
 
 def mask_vocab_padding(logits: Tensor, vocab_size: int) -> Tensor:
@@ -52,25 +57,88 @@ def mask_vocab_padding(logits: Tensor, vocab_size: int) -> Tensor:
     return logits
 
 
-def next_tokens(batch: TokenBatch) -> Tensor:
-    """int64 [b, s]: the token after each one, the model's labels; after the last one comes anything.
+class _TokenLogps(torch.autograd.Function):
+    """(hidden [n, h], weight [v, h] of this rank, token ids [n], vocab_size) -> fp32 [n]."""
 
-    This and `per_token_logps` are the one place where outputs are shifted against tokens.
-    """
-    return batch.tokens.roll(-1, dims=1)
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+        chunks = list(_chunks(len(ids), len(weight)))
+        own = _OwnPart(weight, ids)
+        log_sums, of_targets = hidden.new_empty(2, len(ids), dtype=torch.float32)
+        logits = None
+        for chunk in chunks:
+            logits = _logits(hidden[chunk], weight, vocab_size)
+            log_sums[chunk] = logits.logsumexp(-1)
+            of_targets[chunk] = own.of_targets(logits, chunk)
+        log_sums, of_targets = _over_ranks(log_sums, of_targets)
+        ctx.save_for_backward(hidden, weight, ids, log_sums)
+        ctx.vocab_size = vocab_size
+        ctx.logits = logits if len(chunks) == 1 and any(ctx.needs_input_grad) else None
+        return of_targets - log_sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, ids, log_sums = ctx.saved_tensors
+        own = _OwnPart(weight, ids)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        of_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # Of many chunks the sum is rounded once.
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for chunk in _chunks(len(ids), len(weight)):
+            logits = _logits(hidden[chunk], weight, ctx.vocab_size) if ctx.logits is None else ctx.logits
+            # d log p(target) / d logits = [is target] - p; what is not needed any more makes room for it.
+            of_logits = logits.sub_(log_sums[chunk, None]).exp_().mul_(-grad[chunk, None])
+            own.add_to_targets(of_logits, grad[chunk], chunk)
+            of_logits = of_logits.to(weight.dtype)
+            if of_hidden is not None:
+                torch.mm(of_logits, weight, out=of_hidden[chunk])
+            if of_weight is not None:
+                _add_product(of_weight, of_logits.t(), hidden[chunk])
+        ctx.logits = None
+        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None, None
 
 
-def per_token_logps(next_token_nll: Tensor, batch: TokenBatch) -> Tensor:
-    """The log-probability of every response token given what comes before it.
+class _OwnPart:
+    """Where the logits of the tokens are in this rank's part of the vocabulary."""
 
-    next_token_nll: fp32 [b, s], the negative log-probability of `next_tokens`.
-    Returns fp32 [b, s-1], entry t for token t+1; 0 where that token is prompt or padding. The same on every
-    tensor-parallel rank.
-    """
-    return torch.where(batch.response_mask[:, 1:], -next_token_nll[:, :-1], 0.0)
+    def __init__(self, weight: Tensor, ids: Tensor) -> None:
+        local = ids - parallel_state.get_tensor_model_parallel_rank() * len(weight)
+        self.is_here = (local >= 0) & (local < len(weight))
+        self.columns = local.clamp(0, len(weight) - 1)
+
+    def of_targets(self, logits: Tensor, chunk: slice) -> Tensor:
+        values = logits.gather(1, self.columns[chunk, None]).squeeze(1)
+        return torch.where(self.is_here[chunk], values, 0.0)
+
+    def add_to_targets(self, of_logits: Tensor, grad: Tensor, chunk: slice) -> None:
+        of_logits.scatter_add_(1, self.columns[chunk, None], torch.where(self.is_here[chunk], grad, 0.0)[:, None])
 
 
-def of_each_response(logps: Tensor, batch: TokenBatch) -> list[Tensor]:
-    """`per_token_logps` [b, s-1] cut into one fp32 tensor [len(response)] per sequence, on the CPU."""
-    mask = batch.response_mask[:, 1:].cpu()
-    return [row[selected].clone() for row, selected in zip(logps.cpu(), mask, strict=True)]
+def _logits(hidden: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
+    """fp32 [rows, v], in memory of their own."""
+    return mask_vocab_padding(torch.mm(hidden, weight.t()).float(), vocab_size)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(torch.mm(a, b))
+
+
+def _chunks(count: int, columns: int) -> Iterator[slice]:
+    """Slices of `count` rows with at most `LOGITS_AT_A_TIME` elements each; one at least."""
+    rows = max(1, LOGITS_AT_A_TIME // columns)
+    return (slice(start, start + rows) for start in range(0, max(count, 1), rows))
+
+
+def _over_ranks(log_sums: Tensor, of_targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The log of the sum of exponentials over the whole vocabulary, and the target's logit, from those of each rank."""
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return log_sums, of_targets
+    group = parallel_state.get_tensor_model_parallel_group()
+    largest = log_sums.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([(log_sums - largest).exp(), of_targets])
+    dist.all_reduce(sums, group=group)
+    return largest + sums[0].log(), sums[1]

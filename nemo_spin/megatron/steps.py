@@ -17,12 +17,15 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from nemo_spin import packing
 from nemo_spin.losses import spin_loss, spin_metrics
 from nemo_spin.megatron import forward
 from nemo_spin.megatron.forward import MicroBatch
-from nemo_spin.megatron.logprobs import of_each_response
+from nemo_spin.megatron.gpt import have_transformer_engine
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.pairs import Example, Pair, TokenBatch, collate
+from nemo_spin.micro_batches import Size, cut, share_out
+from nemo_spin.packing import ModelInput
+from nemo_spin.pairs import Example, Pair, ResponseGroup
 
 T = TypeVar("T")
 
@@ -36,31 +39,45 @@ class Batching:
 
     vocab_size: real rows of the vocabulary; the rest is padding.
     pad_id: token id that fills up sequences on the right.
-    micro_batch_size: items (pairs, examples) that go through the model together.
-    multiple_of: padded lengths are a multiple of it (the tensor-parallel size under sequence parallelism).
+    micro_batch_size: items (pairs, examples) that go through the model together, at most.
+    multiple_of: what is fed to the model has a length that is a multiple of it (the tensor-parallel size under sequence
+        parallelism).
+    micro_batch_tokens: in place of micro_batch_size, tokens that go through the model together, at most; an item that
+        has more goes alone.
+    packed: sequences lie one behind the other instead of being padded; None: where attention is our own, in which
+        responses to a prompt share it. TransformerEngine's attention does not let them, and was never tried here.
     """
 
     vocab_size: int
     pad_id: int
     micro_batch_size: int
     multiple_of: int = 1
+    micro_batch_tokens: int | None = None
+    packed: bool | None = None
 
-    def collate(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> TokenBatch:
-        return collate(prompts, responses, self.pad_id, self.multiple_of)
+    @property
+    def size(self) -> Size:
+        return Size(self.micro_batch_size, self.micro_batch_tokens, padded=not self._is_packed)
+
+    @property
+    def _is_packed(self) -> bool:
+        return not have_transformer_engine() if self.packed is None else self.packed
+
+    def collate(self, groups: Sequence[ResponseGroup]) -> ModelInput:
+        if not self._is_packed:
+            return packing.padded(groups, self.pad_id, self.multiple_of)
+        return packing.packed(groups, self.pad_id, self.multiple_of, share_prompts=not have_transformer_engine())
 
 
-def _own_share(global_batch: Sequence[T], micro_batch_size: int) -> list[tuple[list[T], Tensor]]:
-    """This data-parallel rank's micro-batches of a global batch, each with the weights [b] of its items.
+def _own_share(groups: Sequence[ResponseGroup], batching: Batching) -> list[tuple[list[int], Tensor]]:
+    """This data-parallel rank's micro-batches of a global batch: numbers of the items, and their weights [b].
 
-    All ranks get the same number of full micro-batches; where the global batch does not fill them, an item is
-    repeated with weight 0.
+    Where there are fewer items than ranks, one is repeated with weight 0.
     """
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    per_rank = -(-len(global_batch) // (size * micro_batch_size)) * micro_batch_size
-    positions = range(rank, per_rank * size, size)
-    items = [(global_batch[min(i, len(global_batch) - 1)], float(i < len(global_batch))) for i in positions]
-    micro_batches = [items[start : start + micro_batch_size] for start in range(0, per_rank, micro_batch_size)]
-    return [([item for item, _ in mb], torch.tensor([weight for _, weight in mb])) for mb in micro_batches]
+    own = share_out(groups, batching.size, size)[rank]
+    shortest = min(range(len(groups)), key=lambda i: groups[i].packed_tokens)
+    return [(numbers or [shortest], torch.full((max(len(numbers), 1),), float(bool(numbers)))) for numbers in own]
 
 
 def _total(values: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
@@ -108,30 +125,30 @@ def spin_metrics_of(gpt: GPTModel, pairs: Sequence[Pair], beta: float, batching:
     return _total(values, _device(gpt))
 
 
-def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[tuple[Tensor, Tensor]]]:
-    """Chosen and rejected of a pair go through the model together; with them their weights and reference logps."""
-    micro_batches = []
-    for items, weights in _own_share(pairs, batching.micro_batch_size):
-        prompts = [pair.example.prompt_ids for pair in items]
-        responses = [pair.example.response_ids for pair in items] + [pair.rejected_ids for pair in items]
-        reference = torch.tensor([[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in items])
-        micro_batches.append(MicroBatch(batching.collate(prompts * 2, responses), (weights, reference)))
-    return micro_batches
+def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[tuple[Tensor, ...]]]:
+    """Chosen and rejected of a pair go through the model together; with them their weights [b], reference logps [b, 2]
+    and numbers of tokens [b, 2]."""
+    groups = [ResponseGroup.of_pair(pair) for pair in pairs]
+    reference = torch.tensor([[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in pairs])
+    tokens = torch.tensor([[len(response) for response in group.responses] for group in groups], dtype=torch.float32)
+    return [
+        MicroBatch(batching.collate([groups[i] for i in numbers]), (weights, reference[numbers], tokens[numbers]))
+        for numbers, weights in _own_share(groups, batching)
+    ]
 
 
 def _spin_objective(beta: float, num_pairs: int) -> forward.Objective:
     """The mean loss over `num_pairs` pairs, and the sums of the metrics over a micro-batch."""
 
-    def objective(micro_batch: MicroBatch[tuple[Tensor, Tensor]], per_token_logps: Tensor):
+    def objective(micro_batch: MicroBatch[tuple[Tensor, ...]], per_token_logps: Tensor):
         logps = per_token_logps.sum(-1)
-        weights, reference = (t.to(logps.device) for t in micro_batch.context)
+        weights, reference, tokens = (t.to(logps.device, non_blocking=True) for t in micro_batch.context)
         chosen, rejected = logps.chunk(2)
         ref_chosen, ref_rejected = reference.unbind(-1)
         losses = spin_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-        tokens = micro_batch.sequences.response_mask.sum(-1).to(logps.device, torch.float32).chunk(2)
         with torch.no_grad():
             values = spin_metrics(chosen, rejected, ref_chosen, ref_rejected, beta)
-            values |= {"loss": losses, "tokens/chosen": tokens[0], "tokens/rejected": tokens[1]}
+            values |= {"loss": losses, "tokens/chosen": tokens[:, 0], "tokens/rejected": tokens[:, 1]}
             sums = {name: (value * weights).sum() for name, value in values.items()}
         return (losses * weights).sum() * (_gradient_scale() / num_pairs), sums
 
@@ -146,7 +163,7 @@ def sft_step(optimizer: Optimizer, examples: Sequence[Example], batching: Batchi
     tokens = sum(len(example.response_ids) for example in examples)
 
     def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor):
-        weights = micro_batch.context.to(per_token_logps.device)
+        weights = micro_batch.context.to(per_token_logps.device, non_blocking=True)
         nll = -(per_token_logps.sum(-1) * weights).sum()
         return nll * (_gradient_scale() / tokens), {"loss": nll.detach()}
 
@@ -165,9 +182,10 @@ def _train(
 
 
 def _sft_micro_batches(examples: Sequence[Example], batching: Batching) -> list[MicroBatch[Tensor]]:
+    groups = [ResponseGroup.of_example(example) for example in examples]
     return [
-        MicroBatch(batching.collate([e.prompt_ids for e in items], [e.response_ids for e in items]), weights)
-        for items, weights in _own_share(examples, batching.micro_batch_size)
+        MicroBatch(batching.collate([groups[i] for i in numbers]), weights)
+        for numbers, weights in _own_share(groups, batching)
     ]
 
 
@@ -199,24 +217,35 @@ def response_logps(
     Returns, in the order of the input, fp32 tensors [len(response)] on the CPU. `progress` is told how many sequences
     each micro-batch held.
     """
+    groups = [ResponseGroup(prompt, (response,)) for prompt, response in zip(prompts, responses, strict=True)]
+    return [logps for (logps,) in group_logps(gpt, groups, batching, progress)]
 
-    def objective(micro_batch: MicroBatch[None], per_token_logps: Tensor):
+
+@torch.no_grad()
+def group_logps(
+    gpt: GPTModel,
+    groups: Sequence[ResponseGroup],
+    batching: Batching,
+    progress: Callable[[int], None] | None = None,
+) -> list[tuple[Tensor, ...]]:
+    """As `response_logps`, of all responses of each group; where they are packed, their prompt is computed once."""
+
+    def objective(micro_batch: MicroBatch[list[int]], per_token_logps: Tensor):
         return per_token_logps.sum(), {"logps": per_token_logps}
 
     gpt.eval()
-    # Sorted by length, so that sequences are padded to about their own length.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    logps: dict[int, Tensor] = {}
-    for chunk in _slices(order, batching.micro_batch_size * _MICRO_BATCHES_AT_A_TIME):
-        groups = list(_slices(chunk, batching.micro_batch_size))
-        micro_batches: list[MicroBatch[None]] = [
-            MicroBatch(batching.collate([prompts[i] for i in group], [responses[i] for i in group]), None)
-            for group in groups
+    logps: dict[tuple[int, int], Tensor] = {}
+    for numbers in _slices(cut(groups, batching.size), _MICRO_BATCHES_AT_A_TIME):
+        micro_batches: list[MicroBatch[list[int]]] = [
+            MicroBatch(batching.collate([groups[i] for i in own]), own) for own in numbers
         ]
         values = forward.run(gpt, micro_batches, objective, batching.vocab_size, forward_only=True, progress=progress)
-        for group, micro_batch, value in zip(groups, micro_batches, values, strict=True):
-            logps.update(zip(group, of_each_response(value["logps"], micro_batch.sequences), strict=True))
-    return [logps[i] for i in range(len(prompts))]
+        for micro_batch, value in zip(micro_batches, values, strict=True):
+            own, lengths = micro_batch.context, micro_batch.inputs.targets.lengths
+            order = packing.response_order([groups[i] for i in own])
+            for (i, share), length, row in zip(order, lengths, value["logps"].cpu(), strict=True):
+                logps[own[i], share] = row[:length].clone()
+    return [tuple(logps[i, share] for share in range(len(group.responses))) for i, group in enumerate(groups)]
 
 
 def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

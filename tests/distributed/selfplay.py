@@ -54,6 +54,8 @@ class SelfPlay:
         recompute: str | None = None,
         keep_reference: bool = False,
         architecture: dict[str, Any] | None = None,
+        micro_batch_tokens: int | None = None,
+        packed: bool | None = None,
         **optim_changes: Any,
     ) -> None:
         arch = toy_architecture(**(architecture or {}))
@@ -65,7 +67,7 @@ class SelfPlay:
         self.optimizer = Optimizer(self.gpt, optim(**optim_changes), gradient_clip_val=1.0)
         self.reference = Reference(self.gpt, keep_copy=keep_reference)
         multiple = setup.layout()[0] if sequence_parallel else 1
-        self.batching = steps.Batching(arch.vocab_size, 0, micro_batch_size, multiple)
+        self.batching = steps.Batching(arch.vocab_size, 0, micro_batch_size, multiple, micro_batch_tokens, packed)
         sampling = SamplingParams(
             use_greedy=False, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, end_strings=()
         )

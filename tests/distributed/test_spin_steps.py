@@ -101,6 +101,13 @@ LAYOUTS = {
     "micro-batch-size-1": ({}, {"micro_batch_size": 1}),
     "micro-batch-size-4": ({}, {"micro_batch_size": 4}),
     "dp2-micro-batch-size-4": ({"dp": 2}, {"micro_batch_size": 4}),
+    "padded": ({}, {"packed": False}),
+    "dp2-padded-micro-batch-tokens": ({"dp": 2}, {"packed": False, "micro_batch_tokens": 80}),
+    "dp2-micro-batch-tokens": ({"dp": 2}, {"micro_batch_tokens": 50}),
+    "pp2-sequence-parallel-micro-batch-tokens": (
+        {"pp": 2, "tp": 2},
+        {"micro_batch_tokens": 50, "sequence_parallel": True},
+    ),
     "selective-recompute": ({"tp": 2}, {"recompute": "selective"}),
 }
 
@@ -115,6 +122,18 @@ def test_every_layout_trains_and_generates_the_same(workers: Any, baseline: dict
         assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert step["logps/rejected"] == pytest.approx(expected["logps/rejected"], rel=1e-5)
     assert relative_distance(result["weights"], baseline["weights"]) < 1e-5
+
+
+def a_step_on_one_pair() -> dict[str, Any]:
+    play = SelfPlay()
+    data = examples(1)
+    return {"history": [play.step(as_pairs(data, play.roll_out(data, 0)))], "shards": play.shards()}
+
+
+def test_a_batch_of_fewer_pairs_than_replicas_is_that_of_its_pairs(workers: Any) -> None:
+    expected, result = (summary(workers.run(a_step_on_one_pair, dp=dp)) for dp in (1, 2))
+    assert result["history"][0] == pytest.approx(expected["history"][0], rel=1e-5)
+    assert relative_distance(result["weights"], expected["weights"]) < 1e-5
 
 
 def test_tied_embeddings_stay_tied_over_pipeline_stages(workers: Any) -> None:
@@ -224,22 +243,22 @@ def test_a_rollout_depends_on_its_sample_only(workers: Any) -> None:
 
 def gradients_of_the_parts() -> dict[str, float]:
     """|gradient| of the log-probability with respect to the logits, at prompt, response, stop token and padding."""
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+    from nemo_spin.megatron.logprobs import target_logps
+    from nemo_spin.packing import padded
+    from nemo_spin.pairs import ResponseGroup
 
-    from nemo_spin.megatron.logprobs import mask_vocab_padding, next_tokens, per_token_logps
-    from nemo_spin.pairs import collate
-
-    batch = collate([(1, 2, 3), (4,)], [(5, 6, 7), (8, 7)], pad_id=7)
-    logits = torch.randn(2, 6, 16, requires_grad=True)
-    masked = mask_vocab_padding(logits * 1.0, vocab_size=12)
-    logps = per_token_logps(vocab_parallel_cross_entropy(masked, next_tokens(batch)), batch)
+    batch = padded([ResponseGroup((1, 2, 3), ((5, 6, 7),)), ResponseGroup((4,), ((8, 7),))], pad_id=7)
+    # With the identity for an output layer, hidden states are logits.
+    logits = torch.randn(6, 2, 16, requires_grad=True)
+    logps = batch.targets.by_response(target_logps(logits, torch.eye(16), batch.targets, vocab_size=12))
     logps.sum().backward()
-    touched = (logits.grad.abs().sum(-1) > 0).int().tolist()
+    grad = logits.grad.transpose(0, 1)
+    touched = (grad.abs().sum(-1) > 0).int().tolist()
     return {
         "touched": touched,
-        "padding": float(logits.grad[..., 12:].abs().max()),
+        "padding": float(grad[..., 12:].abs().max()),
         "shape": tuple(logps.shape),
-        "finite": bool(logps.isfinite().all() and logits.grad.isfinite().all()),
+        "finite": bool(logps.isfinite().all() and grad.isfinite().all()),
     }
 
 
@@ -248,27 +267,25 @@ def test_the_stop_token_gets_gradient_and_no_prompt_token_does(workers: Any) -> 
     # Position t of the logits predicts token t + 1: responses at tokens 3..5 and 1..2 are predicted one earlier.
     assert result["touched"] == [[0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
     assert result["padding"] == 0.0
-    assert result["shape"] == (2, 5)
+    assert result["shape"] == (2, 3)
     assert result["finite"]
 
 
 def padded_vocabulary() -> torch.Tensor:
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+    from megatron.core import parallel_state
 
-    from nemo_spin.megatron.logprobs import mask_vocab_padding, next_tokens, per_token_logps
-    from nemo_spin.pairs import collate
+    from nemo_spin.megatron.logprobs import target_logps
+    from nemo_spin.packing import padded
+    from nemo_spin.pairs import ResponseGroup
 
-    batch = collate([(1, 2)], [(3, 4)], pad_id=0)
+    batch = padded([ResponseGroup((1, 2), ((3, 4),))], pad_id=0)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 4, 16, generator=generator)
     logits[..., 13:] = 50.0  # padding rows that would win the softmax
-    from megatron.core import parallel_state
-
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    own = logits.chunk(size, dim=-1)[rank].contiguous()
+    own = torch.eye(16).chunk(size)[rank]
     expected = logits[0, :, :13].log_softmax(-1)
-    nll = vocab_parallel_cross_entropy(mask_vocab_padding(own, 13), next_tokens(batch))
-    return per_token_logps(nll, batch)[0, 1:] - torch.stack([expected[1, 3], expected[2, 4]])
+    return target_logps(logits.transpose(0, 1), own, batch.targets, 13) - torch.stack([expected[1, 3], expected[2, 4]])
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

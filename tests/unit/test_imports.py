@@ -18,8 +18,8 @@ PARALLELISM = {"torch.distributed", "megatron"}
 FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "__init__.py errors.py faults.py where.py guards.py losses.py pairs.py progress.py plan.py identity.py "
-        "timing.py response_file.py config data",
+        "__init__.py errors.py faults.py where.py guards.py losses.py pairs.py packing.py micro_batches.py progress.py "
+        "plan.py identity.py timing.py response_file.py config data",
         "megatron generation checkpoint reference.py rollouts.py rollout_files rollout_store.py memory.py "
         "stopping.py watchdog.py",
         "model.py trainer.py iteration_rollouts.py validation.py safeguards.py non_finite_report.py tokenizers "

@@ -1,0 +1,51 @@
+"""The layout of packed sequences, and gradients through a gather."""
+
+from __future__ import annotations
+
+import torch
+
+from nemo_spin.packing import gather_rows, packed, padded, response_order
+from nemo_spin.pairs import ResponseGroup
+
+GROUPS = [ResponseGroup((1, 2), ((11, 12, 13), (21,))), ResponseGroup((3,), ((31, 32), (41, 42, 43, 44)))]
+
+
+def test_packed_tokens_attend_to_their_prompt_and_themselves() -> None:
+    batch = packed(GROUPS, pad_id=0, multiple_of=5)
+    assert batch.tokens.tolist() == [[1, 2, 11, 12, 13, 21, 3, 31, 32, 41, 42, 43, 44, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 1, 2, 3, 4, 0, 0]]
+    rows, start = [], 0
+    slots = batch.tokens[0][batch.rows.index]
+    assert slots[batch.rows.slot_of_token].tolist() == batch.tokens[0].tolist()
+    filled = torch.cat([here for here, _ in batch.rows.shares])
+    slots = torch.zeros_like(slots).index_copy(0, filled, slots[filled])
+    for count, length in batch.rows.shapes:
+        rows += slots[start : start + count * length].view(count, length).tolist()
+        start += count * length
+    real = sorted([token for token in row if token] for row in rows)
+    assert real == [[1, 2, 11, 12, 13], [1, 2, 21], [3, 31, 32], [3, 41, 42, 43, 44]]
+
+
+def test_both_layouts_ask_for_the_same_tokens_after_the_same_ones() -> None:
+    asked = [11, 12, 13, 31, 32, 21, 41, 42, 43, 44]
+    after = [2, 11, 12, 3, 31, 2, 3, 41, 42, 43]
+    for batch in (padded(GROUPS, 0), packed(GROUPS, 0), packed(GROUPS, 0, share_prompts=False)):
+        assert batch.targets.ids.tolist() == asked
+        assert batch.tokens.T.flatten()[batch.targets.predictors].tolist() == after
+        assert batch.targets.lengths == (3, 2, 1, 4)
+        rows = batch.targets.by_response(batch.targets.ids).tolist()
+        assert rows == [[11, 12, 13, 0], [31, 32, 0, 0], [21, 0, 0, 0], [41, 42, 43, 44]]
+    assert response_order(GROUPS) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert packed(GROUPS, 0, 4, share_prompts=False).lengths == (5, 3, 3, 5)
+
+
+def test_what_is_gathered_twice_gets_both_gradients() -> None:
+    batch = packed(GROUPS, 0)
+    for index, shares in ((batch.rows.index, batch.rows.shares), (batch.targets.predictors, batch.targets.shares)):
+        x = torch.randn(13, 3, dtype=torch.float64, requires_grad=True)
+        grad = torch.zeros(len(index), 3, dtype=torch.float64)
+        for here, _ in shares:
+            grad[here] = torch.randn(len(here), 3, dtype=torch.float64)
+        gather_rows(x, index, shares).backward(grad)
+        expected = torch.zeros(13, 3, dtype=torch.float64).index_add(0, index, grad)
+        torch.testing.assert_close(x.grad, expected)
