@@ -7,7 +7,6 @@ when there is room. What it would sample is replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +100,14 @@ def build_engine(
         "max_requests": capacity.rows,
         "max_tokens": capacity.tokens,
     }
-    with nullcontext() if torch.cuda.is_available() else Unpinned():
-        build = _build_0_16 if InferenceConfig is None else _build
+    build = _build_0_16 if InferenceConfig is None else _build
+    if torch.cuda.is_available():
         engine = build(model, common)
+    else:
+        with Unpinned():
+            engine = build(model, common)
+        # The stand-in for flash-attn multiplies what was never written by a probability of zero.
+        engine.context.memory_buffer.zero_()
     engine.controller.sample = sample
     engine.controller.set_stop_word_finished_ids_callback(ended)
     return engine
