@@ -130,7 +130,7 @@ class MegatronEngine:
 
     @contextmanager
     def _engine_for(self, rows: Sequence[_Row]) -> Iterator[DynamicInferenceEngine]:
-        """megatron-core's engine with all rows in its queue. Afterwards the model is what it was, and the cache free."""
+        """megatron-core's engine with all rows queued. Afterwards the model is what it was, and the cache free."""
         on_gpu = self._device.type == "cuda"
         # megatron-core shares requests of a pass out over the tensor-parallel ranks.
         tp_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -210,7 +210,7 @@ class MegatronEngine:
         return [row.slot for row in rows]
 
     def _count(self, rows: int) -> None:
-        """Note what the pass cost that has made these rows' logits: some were decoded, the others' prompts were read."""
+        """Note what the pass cost that has made these logits: some rows were decoded, the others' prompts were read."""
         context, statistics = self._context, self.statistics
         prompts = context.num_prefill_requests
         decoded = rows - prompts

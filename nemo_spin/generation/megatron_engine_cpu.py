@@ -1,7 +1,7 @@
 """What megatron-core's dynamic engine needs where there is no CUDA, so that its tests run everywhere.
 
-It attends with flash-attn over pages of its cache, appends to them with Triton, pins host memory and marks its steps for
-NVIDIA's profiler. Here are stand-ins for these. All else, most of all which tokens are where in which page, is
+It attends with flash-attn over pages of its cache, appends to them with Triton, pins host memory and marks its steps
+for NVIDIA's profiler. Here are stand-ins for these. All else, most of all which tokens are where in which page, is
 megatron-core's own.
 """
 

@@ -18,6 +18,8 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import attention
+from megatron.core.utils import is_fa_min_version
 from torch import Tensor
 
 from nemo_spin.generation.megatron_engine_cpu import Unpinned
@@ -26,6 +28,9 @@ try:
     from megatron.core.inference.config import InferenceConfig
 except ImportError:  # before 0.17 the context and the wrapper took their settings one by one
     InferenceConfig = None
+
+# The oldest whose kernels read pages as megatron-core has them.
+_FLASH_ATTENTION = "2.7.3"
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,29 @@ class _Controller(TextGenerationController):
         request_ids = context.request_ids[context.paused_request_count : context.total_request_count].tolist()
         count = len(request_ids)
         self._sampled_tokens_cuda[:count] = self.sample(request_ids, None if logits is None else logits[0, :count])
+
+
+def obstacle(softmax_scale: float | None, precision: str) -> str | None:
+    """Why the engine cannot run here, or would not compute what such a model computes; None if it can."""
+    if not torch.cuda.is_available():
+        return None  # the stand-ins take whatever there is
+    if precision != "bf16":
+        return f"flash-attn computes in 16 bits, and trainer.precision is {precision}"
+    if softmax_scale is not None:
+        # 0.16's decode step leaves it to flash-attn, which takes 1 / sqrt(head_dim).
+        return f"it ignores the checkpoint's softmax_scale {softmax_scale:g}"
+    if not _have_flash_attention():
+        return f"it needs flash-attn {_FLASH_ATTENTION} or newer, or flash-attn 3"
+    return None
+
+
+def _have_flash_attention() -> bool:
+    if attention.HAVE_FA3 or getattr(attention, "HAVE_FA4", False):
+        return True
+    try:
+        return bool(is_fa_min_version(_FLASH_ATTENTION))
+    except ImportError:
+        return False
 
 
 def build_engine(
