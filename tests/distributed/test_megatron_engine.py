@@ -124,6 +124,10 @@ def left_behind(should_stop: Callable[[Sequence[int]], bool] | None) -> list[str
         error = failure  # with the frames, and what they hold, as while its sentence is written
     assert (error is not None) == (should_stop is not None)
     found = [str(owner)[:60] for owner, names in zip(changed, before, strict=True) if dict(vars(owner)) != names]
+    # As the model asks for them, for a sequence as long as the longest was: it would be given again what is remembered.
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in REQUESTS)
+    if model.rotary_pos_emb(longest, packed_seq=False, cp_group=None).is_inference():
+        found.append("angles that cannot be trained with")
     for item in gc.get_objects():
         if isinstance(item, dynamic_context.DynamicInferenceContext) and item.memory_buffer is not None:
             found.append("the pages")
