@@ -23,6 +23,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from nemo_spin.errors import DataError, UserError
+from nemo_spin.generation.cache import CacheShape
+from nemo_spin.generation.cache_limit import cache_tokens, groups_in_flight
+from nemo_spin.generation.engine import MOST_SLOTS
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.megatron_engine_cpu import cpu_stand_ins
 from nemo_spin.generation.megatron_engine_parts import Capacity, add, build_engine, last_stage_rank, release
@@ -71,14 +74,15 @@ class MegatronEngine:
         min_length: int,
         stop_ids: frozenset[int],
         seed: int,
-        slots: int,
+        slots: int | None,
         pad_id: int = 0,
         should_stop: Callable[[Sequence[int]], bool] | None = None,
+        kv_cache_gib: float | None = None,
     ) -> None:
         self.statistics = Statistics()
         self._model, self._max_sequence_length, self._seed = model, max_sequence_length, seed
         self.stop_ids, self._min_length, self._should_stop = stop_ids, min_length, should_stop
-        self._slots, self._sampling = slots, sampling
+        self._slots, self._kv_cache_gib, self._sampling = slots or MOST_SLOTS, kv_cache_gib, sampling
         self._device = next(model.parameters()).device
         self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device)
 
@@ -131,32 +135,39 @@ class MegatronEngine:
     @contextmanager
     def _engine_for(self, rows: Sequence[_Row]) -> Iterator[DynamicInferenceEngine]:
         """megatron-core's engine with all rows queued. Afterwards the model is what it was, and the cache free."""
-        on_gpu = self._device.type == "cuda"
-        # megatron-core shares requests of a pass out over the tensor-parallel ranks.
-        tp_size = parallel_state.get_tensor_model_parallel_world_size()
-        slots = -(-min(self._slots, len(rows)) // tp_size) * tp_size
-        longest_prompt = max(len(row.request.prompt_ids) for row in rows)
-        capacity = Capacity(
-            rows=slots,
-            length=max(len(row.request.prompt_ids) + row.budget for row in rows),
-            tokens=max(PASS_TOKENS, longest_prompt, slots),
-            page=GPU_PAGE if on_gpu else CPU_PAGE,
-        )
-        self._rows, self._free_slots, self._seen = rows, list(range(slots)), None
+        capacity = self._capacity(rows)
+        self._rows, self._free_slots, self._seen = rows, list(range(capacity.rows)), None
         if self._sampler.needs_seen_tokens and dist.get_rank() == last_stage_rank():
-            self._seen = SeenTokens(slots, self._sampler.vocab_size, self._device)
-        engine = None
+            self._seen = SeenTokens(capacity.rows, self._sampler.vocab_size, self._device)
         with _fixed_angles(self._model, capacity.length), generating(self._model), cpu_stand_ins(self._model):
+            self._engine = engine = build_engine(self._model, capacity, self._sample, self._which_ended)
             try:
-                engine = build_engine(self._model, capacity, self._sample, self._which_ended)
                 self.statistics.peak_cache_bytes = engine.context.memory_buffer.nbytes
                 for number, row in enumerate(rows):
                     add(engine, number, row.request.prompt_ids, row.budget)
-                self._context = engine.context
                 yield engine
             finally:
-                self._rows, self._seen, self._context = [], None, None
+                self.statistics.preempted_rows = engine.evicted_request_count
+                self._rows, self._seen, self._engine = [], None, None
                 release(engine)
+
+    def _capacity(self, rows: Sequence[_Row]) -> Capacity:
+        # megatron-core shares requests of a pass out over the tensor-parallel ranks.
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        slots = -(-min(self._slots, len(rows)) // tp_size) * tp_size
+        page = GPU_PAGE if self._device.type == "cuda" else CPU_PAGE
+        length = max(len(row.request.prompt_ids) + row.budget for row in rows)
+        pages_of_longest = -(-length // page)
+        shape = CacheShape.of(self._model)
+        tokens = cache_tokens(shape, self._kv_cache_gib)
+        groups_in_flight(1, len(rows), tokens, pages_of_longest * page, shape)  # refuses what could never fit
+        return Capacity(
+            rows=slots,
+            length=length,
+            tokens=max(PASS_TOKENS, slots, length),
+            page=page,
+            pages=min(slots * pages_of_longest, tokens // page),
+        )
 
     def _sample(self, numbers: list[int], logits: Tensor | None) -> Tensor:
         """Give each of these rows its next token. logits: [b, padded vocabulary] on the last stage, elsewhere None.
@@ -186,8 +197,7 @@ class MegatronEngine:
             row.finish_reason = self._finish_reason(row)
             if row.finish_reason is not None:
                 self._ended.append(row)
-                if row.slot is not None:
-                    self._free_slots.append(row.slot)
+                self._give_up_slot(row)
         self.statistics.generated_tokens += len(rows)
         return ids
 
@@ -202,16 +212,24 @@ class MegatronEngine:
         return {number for number in numbers if self._rows[number].finish_reason is not None}
 
     def _slots_of(self, rows: Sequence[_Row]) -> list[int]:
-        """Where the seen tokens of each row are marked; a row that is new gets a place of its own."""
-        for row in rows:
-            if row.slot is None:
-                row.slot = self._free_slots.pop()
-                self._seen.admit(row.slot, [row.request.prompt_ids])
+        """Where the seen tokens of each row are marked; a row that has come, or come back, gets a place of its own."""
+        arrivals = [row for row in rows if row.slot is None]
+        if len(arrivals) > len(self._free_slots):
+            for number in self._engine.waiting_request_ids:
+                self._give_up_slot(self._rows[number])
+        for row in arrivals:
+            row.slot = self._free_slots.pop()
+            self._seen.admit(row.slot, [(*row.request.prompt_ids, *row.ids)])
         return [row.slot for row in rows]
+
+    def _give_up_slot(self, row: _Row) -> None:
+        if row.slot is not None:
+            self._free_slots.append(row.slot)
+            row.slot = None
 
     def _count(self, rows: int) -> None:
         """Note what the pass cost that has made these logits: some rows were decoded, the others' prompts were read."""
-        context, statistics = self._context, self.statistics
+        context, statistics = self._engine.context, self.statistics
         prompts = context.num_prefill_requests
         decoded = rows - prompts
         padding = context.padded_active_token_count - context.active_token_count

@@ -22,6 +22,7 @@ from megatron.core.transformer import attention
 from megatron.core.utils import is_fa_min_version
 from torch import Tensor
 
+from nemo_spin.generation.cache import CacheShape
 from nemo_spin.generation.megatron_engine_cpu import Unpinned
 
 try:
@@ -37,13 +38,14 @@ _FLASH_ATTENTION = "2.7.3"
 class Capacity:
     """rows: in the engine at a time. length: tokens of the longest row. tokens: of a pass, at most.
 
-    page: tokens of a page of the cache, which holds `rows` rows of `length` tokens.
+    page: tokens of a page of the cache. pages: that it has, enough for the longest row.
     """
 
     rows: int
     length: int
     tokens: int
     page: int
+    pages: int
 
 
 class _NoText:
@@ -112,15 +114,12 @@ def build_engine(
 ) -> DynamicInferenceEngine:
     """An engine without requests. sample: see `_Controller`. ended: which of these requests end with their last token.
 
-    The pages are allocated at once, enough for every row to be as long as it can be: no row ever waits for another's.
+    The pages are allocated at once. Where they do not suffice for all rows, megatron-core sends some back to those that
+    wait, to be read again later.
     """
-    config = model.config
-    groups = (config.num_query_groups or config.num_attention_heads) // config.tensor_model_parallel_size
-    layers = len(model.decoder.layers)
-    page_bytes = 2 * layers * capacity.page * groups * config.kv_channels * config.params_dtype.itemsize
-    pages = capacity.rows * -(-capacity.length // capacity.page) + 1  # one for what fills up a pass
-    # In GiB, because that is how megatron-core takes it; half a page more, because it rounds down.
-    size = (pages + 0.5) * page_bytes / 2**30
+    page_bytes = capacity.page * CacheShape.of(model).bytes_per_token
+    # In GiB, as megatron-core takes it. One page more for what fills up a pass, and half a one because it rounds down.
+    size = (capacity.pages + 1.5) * page_bytes / 2**30
     common = {
         "max_sequence_length": capacity.length,
         "buffer_size_gb": size,

@@ -37,6 +37,8 @@ from test_generation import (  # noqa: F401  collected here too, and run with th
 )
 from toy import fill_deterministically
 
+from nemo_spin.errors import UserError
+from nemo_spin.generation.cache import round_up
 from nemo_spin.generation.interface import Response
 from nemo_spin.megatron.gpt import build_gpt
 
@@ -87,6 +89,37 @@ def test_batching_does_not_matter(workers: OverMegatronsEngine) -> None:
 
 def test_padding_of_the_vocabulary_is_never_sampled(workers: OverMegatronsEngine) -> None:
     test_generation.test_padding_of_the_vocabulary_is_never_sampled(workers, FILTERED)
+
+
+def with_room_for(rows: float, requests: list[Any]) -> tuple[list[Response], Any]:
+    """With a cache that holds so many of the longest rows."""
+    from nemo_spin.generation.cache import CacheShape
+
+    model = fill_deterministically(build_gpt(LLAMA, "32"))
+    longest = round_up(max(len(request.prompt_ids) + request.max_new_tokens for request in requests))
+    gib = (rows * longest + 1) * CacheShape.of(model).bytes_per_token / 2**30
+    generator = test_generation.make_generator(model, LLAMA, FILTERED, kv_cache_gib=gib)
+    return generator.generate(requests, 0), generator.statistics
+
+
+@pytest.mark.parametrize("rows", [1, 2.6])
+def test_rows_that_the_cache_cannot_hold_are_read_again(workers: OverMegatronsEngine, rows: float) -> None:
+    requests = requests_of(8, budget=50)
+    expected = of_one_process(workers.over_ours, LLAMA, FILTERED, requests)
+    for responses, statistics in workers.run(with_room_for, rows, requests, pp=2):
+        assert responses == expected
+        assert statistics.preempted_rows > 0
+
+
+def too_small_a_cache() -> str:
+    with pytest.raises(UserError) as refused:
+        with_room_for(0.9, requests_of(3, budget=50))
+    return str(refused.value)
+
+
+def test_a_row_that_never_fits_is_refused(workers: OverMegatronsEngine) -> None:
+    (says,) = workers.run(too_small_a_cache)
+    assert "model.spin.kv_cache_gib" in says
 
 
 def interrupted_after(steps: int) -> tuple[list[Response], list[Response]]:
