@@ -176,16 +176,27 @@ def test_nothing_is_left_behind(workers: OverMegatronsEngine, should_stop: Any) 
     assert workers.run(left_behind, should_stop) == [[]]
 
 
+def run_and_count(*args: Any, **settings: Any) -> int:
+    """How often a training run has generated with megatron-core's engine."""
+    from nemo_spin.generation.megatron_engine import MegatronEngine
+
+    generate = MegatronEngine.generate
+    with mock.patch.object(MegatronEngine, "generate", autospec=True, side_effect=generate) as noted:
+        training_run(*args, **settings)
+    return noted.call_count
+
+
 def test_a_run_may_change_its_engine(workers: OverMegatronsEngine, tmp_path: Path) -> None:
     """The model is generated with while it is being trained, wrapped for that and with a split sequence."""
     checkpoint, data = workers.over_ours.run(make_checkpoint, str(tmp_path))[0], make_data(str(tmp_path), 9)
     settings = {"trainer.spin.max_epochs": 1, "model.seed": 5, "model.spin.rollout_batch_size": 3}
     settings |= {"model.global_batch_size": 4, "model.sequence_parallel": True}
-    tables = []
+    tables, counts = [], []
     for engine in ("auto", "megatron"):
         run_dir = tmp_path / engine
         settings["model.spin.generation_engine"] = engine
-        workers.over_ours.run(training_run, checkpoint, data, str(run_dir), tp=2, **settings)
+        counts.append(workers.over_ours.run(run_and_count, checkpoint, data, str(run_dir), tp=2, **settings)[0])
         rollouts = [pq.read_table(run_dir / "rollouts" / f"iteration-{i:03d}").to_pylist() for i in range(2)]
         tables.append([sorted(table, key=lambda row: row["index"]) for table in rollouts])
     assert tables[0] == tables[1]
+    assert counts[0] == 0 < counts[1]
