@@ -26,8 +26,9 @@ from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
 from nemo_spin.errors import UserError
 from nemo_spin.export import Content, LiveWeights
+from nemo_spin.generation.choose import make_engine
 from nemo_spin.generation.end_strings import ends_with_any
-from nemo_spin.generation.engine import Generator
+from nemo_spin.generation.interface import Engine
 from nemo_spin.guards import trainable
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.diagnosis import Diagnosis, diagnose
@@ -119,7 +120,8 @@ class MegatronGPTSPINModel(ModelPT):
         slots: int | None,
         context_length: int,
         kv_cache_gib: float | None = None,
-    ) -> Generator:
+        engine: str = "auto",
+    ) -> Engine:
         """What makes responses with the weights that the model has then; see `Generator` for the numbers.
 
         stop_ids: the ids at which a response ends, beside the end strings of `sampling`: one that is a single token
@@ -127,7 +129,8 @@ class MegatronGPTSPINModel(ModelPT):
         """
         ids = {text: self.tokenizer.id_of(text) for text in sampling.end_strings}
         in_text = [text for text, token in ids.items() if token is None]
-        return Generator(
+        return make_engine(
+            engine,
             self.gpt,
             vocab_size=min(self.tokenizer.vocab_size, self.architecture.vocab_size),
             max_sequence_length=context_length,
@@ -178,6 +181,7 @@ class MegatronGPTSPINModel(ModelPT):
             slots=cfg.spin.rollout_batch_size,
             context_length=context_length,
             kv_cache_gib=cfg.spin.kv_cache_gib,
+            engine=cfg.spin.generation_engine,
         )
 
     def start_schedule(self, lr: float, total_steps: int, steps_done: int, fresh: bool) -> None:

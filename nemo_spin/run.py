@@ -22,6 +22,7 @@ from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, UserError
 from nemo_spin.export import check_expressible, export
 from nemo_spin.faults import reached
+from nemo_spin.generation.choose import check_engine
 from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.agreement import of_first
@@ -87,6 +88,7 @@ def preflight(cfg: DictConfig) -> Inputs:
         spin.parallel.pipeline_model_parallel_size,
         spin.parallel.sequence_parallel,
     )
+    check_engine(spin.spin.generation_engine, architecture, spin.precision)
     if architecture.position_embedding_type == "learned_absolute" and context_length > architecture.max_sequence_length:
         raise ConfigError(
             f"model.encoder_seq_length {context_length} is more than the {architecture.max_sequence_length} positions "

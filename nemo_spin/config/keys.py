@@ -49,8 +49,8 @@ KEYS: dict[str, frozenset[str]] = {
         ),
         "model.spin": (
             "ref_policy_kl_penalty rollout_batch_size kv_cache_gib rollout_window log_prob_forward_micro_batch_size "
-            "reset_optimizer_each_iteration held_out_rollouts first_rollouts_from_data sampling_params length_params "
-            "guards"
+            "reset_optimizer_each_iteration held_out_rollouts first_rollouts_from_data generation_engine "
+            "sampling_params length_params guards"
         ),
         "model.spin.guards": "empty repeated cut_off entropy falling_chosen",
         "model.spin.sampling_params": (

@@ -257,6 +257,7 @@ def _algorithm(spin: Section, max_iterations: int, global_batch_size: int) -> Al
         reset_optimizer=spin.flag("reset_optimizer_each_iteration", True),
         held_out_rollouts=spin.integer("held_out_rollouts", 0, minimum=0),
         first_rollouts_from_data=spin.flag("first_rollouts_from_data", False),
+        generation_engine=spin.choice("generation_engine", ("auto", "nemo_spin", "megatron"), "auto"),
         sampling_params=parse_sampling(spin.section("sampling_params")),
         length_params=_lengths(spin.section("length_params")),
         guards=_guards(spin.section("guards")),

@@ -106,6 +106,7 @@ class AlgorithmConfig:
     held_out_rollouts: examples of the validation data that the reference answers at each iteration's start, so that
         validation has SPIN's loss and accuracy too; 0 for validation by the NLL alone.
     first_rollouts_from_data: the first iteration uses the generated responses that the data have, and makes none.
+    generation_engine: "nemo_spin", "megatron", or "auto", which is nemo_spin.
     """
 
     ref_policy_kl_penalty: tuple[float, ...]
@@ -116,6 +117,7 @@ class AlgorithmConfig:
     reset_optimizer: bool
     held_out_rollouts: int
     first_rollouts_from_data: bool
+    generation_engine: str
     sampling_params: SamplingParams
     length_params: LengthParams
     guards: GuardsConfig

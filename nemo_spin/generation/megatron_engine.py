@@ -1,0 +1,266 @@
+"""megatron-core's dynamic inference engine behind `interface.Engine`: the same responses as `engine.Generator` makes.
+
+It decodes rows and reads prompts in one pass, over a paged cache, with flash-attn's kernels. What makes a response what
+it is (the noise, the filters, what ends it) is this package's, so a run may change its engine and keep its rollouts, up
+to rounding.
+
+On a GPU this has never run: it was written after megatron-core's source, and is tested on a CPU, where
+`megatron_engine_cpu` stands in for its kernels. CUDA graphs are off: megatron-core builds them into the layers, which
+are the ones that train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from nemo_spin.errors import DataError, UserError
+from nemo_spin.generation.cache import CacheShape
+from nemo_spin.generation.cache_limit import cache_tokens, groups_in_flight
+from nemo_spin.generation.engine import MOST_SLOTS
+from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
+from nemo_spin.generation.megatron_engine_cpu import cpu_stand_ins
+from nemo_spin.generation.megatron_engine_parts import Capacity, add, build_engine, last_stage_rank, release
+from nemo_spin.generation.mode import generating
+from nemo_spin.generation.noise import sample_key
+from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
+from nemo_spin.watchdog import beat
+
+if TYPE_CHECKING:
+    from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
+
+    from nemo_spin.config import SamplingParams
+
+# Tokens of a pass at most, unless a single prompt is longer: bounds its activations.
+PASS_TOKENS = 16384
+# flash-attn reads pages of a multiple of 256 tokens. On a CPU small ones waste less, and the tests see more of them.
+GPU_PAGE, CPU_PAGE = 256, 16
+
+
+@dataclass
+class _Row:
+    """A response in the making. slot: its row in the mask of seen tokens, while it has one."""
+
+    request: GenerationRequest
+    key: int
+    budget: int
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    slot: int | None = None
+
+
+class MegatronEngine:
+    """Generates responses with the weights that the model has when `generate` is called.
+
+    The arguments are those of `Generator`; pad_id is of no use here, because prompts are not padded.
+
+    Raises UserError where megatron-core's engine cannot run, or cannot compute what the model computes.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        vocab_size: int,
+        max_sequence_length: int,
+        sampling: SamplingParams,
+        min_length: int,
+        stop_ids: frozenset[int],
+        seed: int,
+        slots: int | None,
+        pad_id: int = 0,
+        should_stop: Callable[[Sequence[int]], bool] | None = None,
+        kv_cache_gib: float | None = None,
+    ) -> None:
+        self.statistics = Statistics()
+        self._model, self._max_sequence_length, self._seed = model, max_sequence_length, seed
+        self.stop_ids, self._min_length, self._should_stop = stop_ids, min_length, should_stop
+        self._slots, self._kv_cache_gib, self._sampling = slots or MOST_SLOTS, kv_cache_gib, sampling
+        self._device = next(model.parameters()).device
+        self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a response depends on beside its request and the weights, as JSON has it: the same for every engine."""
+        return {
+            "seed": self._seed,
+            "vocab_size": self._sampler.vocab_size,
+            "max_sequence_length": self._max_sequence_length,
+            "min_length": self._min_length,
+            "stop_ids": sorted(self.stop_ids),
+            **asdict(self._sampling),
+        }
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        iteration: int,
+        progress: Callable[[int], None] | None = None,
+        finished: Callable[[Response], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
+    ) -> list[Response]:
+        """See `interface.Engine.generate`."""
+        self.statistics = Statistics()
+        rows = [self._row(request, iteration) for request in requests]
+        if not rows:
+            return []
+        with self._engine_for(rows) as engine:
+            while engine.has_unfinished_requests() and not (interrupted is not None and interrupted()):
+                beat()
+                self._ended: list[_Row] = []
+                engine.step_modern()
+                if finished is not None:
+                    for row in self._ended:
+                        finished(_response(row))
+                if self._ended and progress is not None:
+                    progress(len(self._ended))
+        return [_response(row) for row in rows if row.finish_reason is not None]
+
+    def _row(self, request: GenerationRequest, iteration: int) -> _Row:
+        budget = min(request.max_new_tokens, self._max_sequence_length - len(request.prompt_ids))
+        if budget < 1 or not request.prompt_ids:
+            raise DataError(
+                f"Sample {request.index} cannot be answered: its prompt has {len(request.prompt_ids)} tokens, at most "
+                f"{request.max_new_tokens} new ones are asked for, and a sequence holds {self._max_sequence_length}."
+            )
+        return _Row(request, sample_key(self._seed, iteration, request.index, request.sample), budget)
+
+    @contextmanager
+    def _engine_for(self, rows: Sequence[_Row]) -> Iterator[DynamicInferenceEngine]:
+        """megatron-core's engine with all rows queued. Afterwards the model is what it was, and the cache free."""
+        capacity = self._capacity(rows)
+        self._rows, self._free_slots, self._seen = rows, list(range(capacity.rows)), None
+        if self._sampler.needs_seen_tokens and dist.get_rank() == last_stage_rank():
+            self._seen = SeenTokens(capacity.rows, self._sampler.vocab_size, self._device)
+        with _fixed_angles(self._model, capacity.length), generating(self._model), cpu_stand_ins(self._model):
+            self._engine = engine = build_engine(self._model, capacity, self._sample, self._which_ended)
+            try:
+                self.statistics.peak_cache_bytes = engine.context.memory_buffer.nbytes
+                for number, row in enumerate(rows):
+                    add(engine, number, row.request.prompt_ids, row.budget)
+                yield engine
+            finally:
+                self.statistics.preempted_rows = engine.evicted_request_count
+                self._rows, self._seen, self._engine = [], None, None
+                release(engine)
+
+    def _capacity(self, rows: Sequence[_Row]) -> Capacity:
+        # megatron-core shares requests of a pass out over the tensor-parallel ranks.
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        slots = -(-min(self._slots, len(rows)) // tp_size) * tp_size
+        page = GPU_PAGE if self._device.type == "cuda" else CPU_PAGE
+        length = max(len(row.request.prompt_ids) + row.budget for row in rows)
+        pages_of_longest = -(-length // page)
+        shape = CacheShape.of(self._model)
+        tokens = cache_tokens(shape, self._kv_cache_gib)
+        groups_in_flight(1, len(rows), tokens, pages_of_longest * page, shape)  # refuses what could never fit
+        return Capacity(
+            rows=slots,
+            length=length,
+            tokens=max(PASS_TOKENS, slots, length),
+            page=page,
+            pages=min(slots * pages_of_longest, tokens // page),
+        )
+
+    def _sample(self, numbers: list[int], logits: Tensor | None) -> Tensor:
+        """Give each of these rows its next token. logits: [b, padded vocabulary] on the last stage, elsewhere None.
+
+        Returns the tokens, [b] int64, on every rank.
+        """
+        rows = [self._rows[number] for number in numbers]
+        self._count(len(rows))
+        ids = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        if dist.get_rank() == last_stage_rank():
+            host = [[row.key for row in rows], [len(row.ids) for row in rows]]
+            keys, lengths = torch.tensor(host, device=self._device)
+            places = None if self._seen is None else torch.tensor(self._slots_of(rows), device=self._device)
+            ids = self._sampler(logits, keys, lengths, None if places is None else self._seen.mask[places])
+            if places is not None:
+                self._seen.mask[places, ids.clamp(min=0)] = True
+        group = parallel_state.get_model_parallel_group()
+        if group.size() > 1:
+            dist.broadcast(ids, last_stage_rank(), group=group)
+        for row, token in zip(rows, ids.tolist(), strict=True):
+            if token == NO_TOKEN:
+                raise UserError(
+                    "The model's logits are not finite, or no token is left to choose from: check its weights, the "
+                    "learning rate, and the sampling parameters."
+                )
+            row.ids.append(token)
+            row.finish_reason = self._finish_reason(row)
+            if row.finish_reason is not None:
+                self._ended.append(row)
+                self._give_up_slot(row)
+        self.statistics.generated_tokens += len(rows)
+        return ids
+
+    def _finish_reason(self, row: _Row) -> str | None:
+        if row.ids[-1] in self.stop_ids:
+            return "stop"
+        if self._should_stop is not None and len(row.ids) >= self._min_length and self._should_stop(row.ids):
+            return "stop"
+        return "length" if len(row.ids) == row.budget else None
+
+    def _which_ended(self, numbers: Sequence[int]) -> set[int]:
+        return {number for number in numbers if self._rows[number].finish_reason is not None}
+
+    def _slots_of(self, rows: Sequence[_Row]) -> list[int]:
+        """Where the seen tokens of each row are marked; a row that has come, or come back, gets a place of its own."""
+        arrivals = [row for row in rows if row.slot is None]
+        if len(arrivals) > len(self._free_slots):
+            for number in self._engine.waiting_request_ids:
+                self._give_up_slot(self._rows[number])
+        for row in arrivals:
+            row.slot = self._free_slots.pop()
+            self._seen.admit(row.slot, [(*row.request.prompt_ids, *row.ids)])
+        return [row.slot for row in rows]
+
+    def _give_up_slot(self, row: _Row) -> None:
+        if row.slot is not None:
+            self._free_slots.append(row.slot)
+            row.slot = None
+
+    def _count(self, rows: int) -> None:
+        """Note what the pass cost that has made these logits: some rows were decoded, the others' prompts were read."""
+        context, statistics = self._engine.context, self.statistics
+        prompts = context.num_prefill_requests
+        decoded = rows - prompts
+        padding = context.padded_active_token_count - context.active_token_count
+        if decoded:
+            statistics.decode_steps += 1
+            statistics.row_steps += decoded
+            statistics.decoded_slots += decoded + (0 if prompts else padding)
+        if prompts:
+            statistics.prefills += 1
+            statistics.prefill_tokens += context.padded_active_token_count - decoded
+            statistics.prefill_padding += padding
+
+
+@contextmanager
+def _fixed_angles(model: GPTModel, length: int) -> Iterator[None]:
+    """Inside, the model's rotary embedding answers with angles that were made before.
+
+    It remembers what it was asked for, and training could not use what was made without gradients.
+    """
+    if model.position_embedding_type != "rope":
+        yield
+        return
+    embedding = model.rotary_pos_emb
+    angles = embedding(length)
+    embedding.forward = lambda longest, *args, **kwargs: angles[:longest]
+    try:
+        yield
+    finally:
+        del embedding.forward
+
+
+def _response(row: _Row) -> Response:
+    assert row.finish_reason is not None
+    return Response(row.request.index, tuple(row.ids), row.finish_reason)
