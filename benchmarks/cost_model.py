@@ -1,8 +1,8 @@
 """What a training step, a decode step and an iteration of SPIN should cost, by counting. Standard library only.
 
 A stage of the pipeline takes the longer of computing (FLOPs at the rate of matrix products) and of reading its weights
-(bytes at the bandwidth of the memory), and what cannot be hidden behind them: the collectives of tensor parallelism and
-a fixed time per layer for starting its kernels. Micro-batches fill and drain the pipeline; data-parallel replicas add up
+(bytes at the bandwidth of the memory), and what is not hidden behind them: the collectives of tensor parallelism and a
+fixed time per layer for starting its kernels. Micro-batches fill and drain the pipeline; data-parallel replicas add up
 their gradients; the optimizer reads and writes its state. Nothing overlaps but what is said to: real runs are faster
 where communication hides behind computing, and slower where kernels are small.
 

@@ -27,7 +27,7 @@ from settings import BETA, BETAS, CLIP, EPS, LEARNING_RATE, PAIRS_PER_STEP, SEED
 from workloads import WORKLOADS, Workload
 
 from nemo_spin import run
-from nemo_spin.config import parse_config, with_defaults
+from nemo_spin.config import config_dir, parse_config, register_resolvers
 from nemo_spin.generation.engine import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
@@ -76,7 +76,7 @@ def configuration(workload: Workload, data: Path, directory: Path, slots: int = 
             },
         },
     }
-    return with_defaults(OmegaConf.create(own))
+    return OmegaConf.merge(OmegaConf.load(config_dir() / "gpt_spin.yaml"), own)
 
 
 def load(cfg: DictConfig) -> MegatronGPTSPINModel:
@@ -115,7 +115,11 @@ class Side:
         responses = generator.generate(requests, next(self._iterations))
         seconds = time.perf_counter() - start
         lengths = [len(response.ids) for response in responses]
-        return {"seconds": seconds, "tokens": sum(lengths), "useful": generator.statistics.useful_share}
+        return {
+            "seconds": seconds,
+            "tokens": sum(lengths),
+            "useful": getattr(generator.statistics, "useful_share", 1.0),
+        }
 
     def logps(self, name: str, data: str) -> Answer:
         """Log-probabilities of the first pairs' answers under the starting model, which is the reference."""
@@ -188,6 +192,7 @@ class Side:
 def main() -> None:
     torch.set_num_threads(_THREADS)
     setup.initialize(1, 1, SEED)
+    register_resolvers()
     side = Side()
     commands: tuple[Callable[..., Answer], ...] = (side.generate, side.logps, side.train, side.iteration, side.memory)
     serve({command.__name__: command for command in commands})
