@@ -88,11 +88,11 @@ class Comparison:
                 if ids[-1] == workloads.EOS_ID and abs(a - b) > NATS_PER_TOKEN * len(ids):
                     raise SystemExit(f"The sides differ: a {kind} answer of {len(ids)} tokens has {a} and {b} nats.")
 
-    def memory(self) -> list[Line]:
-        told, _ = self.write(WORKLOADS[MAIN])
+    def memory(self, workload: Workload) -> list[Line]:
+        told, _ = self.write(workload)
         with self.workers(steady_memory=True) as (ours, theirs):
             peaks = [side.ask("memory", **told, precompute=False) for side in (ours, theirs)]
-        return findings.memory_below(MAIN, peaks[0]["peak"], peaks[1]["peak"], peaks[0]["weights"])
+        return findings.memory_below(workload.name, peaks[0]["peak"], peaks[1]["peak"], peaks[0]["weights"])
 
     def generation(
         self, ours: Worker, theirs: Worker, workload: Workload, batches: tuple[int, ...], rounds: int
@@ -185,7 +185,7 @@ def starting_model(folder: Path, threads: int) -> Path:
 def measure(comparison: Comparison, rounds: int, quick: bool) -> Iterator[Line]:
     chosen = [workload.reduced(4) if quick else workload for workload in WORKLOADS.values()]
     batches = (16, 64) if quick else BATCHES
-    yield from comparison.memory()
+    yield from comparison.memory(chosen[0])
     with comparison.workers() as (ours, theirs):
         comparison.check(ours, theirs)
         for workload in chosen[:2] if quick else chosen:
