@@ -5,6 +5,7 @@ So that what processes share, cores or the memory's bandwidth, is what each of t
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 MIB = 2**20
-_SECONDS = 0.3
+_ROUNDS, _SECONDS = 5, 0.06
 _NOTHING = Link(float("inf"), 0.0)
 
 
@@ -26,20 +27,27 @@ def now() -> float:
     return time.perf_counter()
 
 
-def seconds_of(call: Callable[[], object], at_least: float = _SECONDS) -> float:
-    """Of one call, on average over as many as take `at_least` seconds, the same number in every process."""
+def seconds_of(call: Callable[[], object], times: int | None = None) -> float:
+    """Of one call: the median over some rounds, after one to warm up.
+
+    times: calls of a round; None: as many as take a while, the same number in every process.
+    """
     call()
-    start = now()
-    call()
-    count = torch.tensor(max(1.0, at_least / max(now() - start, 1e-7)))
-    if dist.get_backend() == "nccl":
-        count = count.cuda()
-    dist.all_reduce(count, op=dist.ReduceOp.MIN)
-    times = int(count)
-    start = now()
-    for _ in range(times):
+    if times is None:
+        start = now()
         call()
-    return (now() - start) / times
+        count = torch.tensor(max(1.0, _SECONDS / max(now() - start, 1e-7)))
+        if dist.get_backend() == "nccl":
+            count = count.cuda()
+        dist.all_reduce(count, op=dist.ReduceOp.MIN)
+        times = int(count)
+    taken = []
+    for _ in range(_ROUNDS):
+        start = now()
+        for _ in range(times):
+            call()
+        taken.append((now() - start) / times)
+    return statistics.median(taken)
 
 
 def measure(

@@ -41,7 +41,6 @@ SIZES = {
 PAIRS = 16
 MICRO_BATCH = 4
 ROWS = 32
-STEPS = 3
 
 
 def architecture(size: str) -> Architecture:
@@ -79,25 +78,23 @@ class Measured:
     def training_step(self) -> float:
         data = pairs()
 
-        def steps_in_a_row() -> None:
-            for _ in range(STEPS):
-                steps.spin_step(self.optimizer, data, 0.1, workload.batching(MICRO_BATCH))
+        def step() -> None:
+            steps.spin_step(self.optimizer, data, 0.1, workload.batching(MICRO_BATCH))
 
-        return machine.seconds_of(steps_in_a_row, at_least=0) / STEPS
+        return machine.seconds_of(step, times=1)
 
     def decode_step(self) -> float:
-        """One token for each row: the difference between long responses and short ones, so without the prompts."""
-        replicas = parallel_state.get_data_parallel_world_size()
-        rows = ROWS // replicas
+        """One token for each row: what responses take beyond their first token, which the prompts give."""
+        rows = ROWS // parallel_state.get_data_parallel_world_size()
         generator = workload.generator(self.gpt, slots=rows)
+        prompts = [workload.random_ids(workload.PROMPT_TOKENS, i) for i in range(rows)]
 
-        def generate(new_tokens: int) -> float:
-            prompts = [workload.random_ids(workload.PROMPT_TOKENS, i) for i in range(rows)]
+        def seconds(new_tokens: int) -> float:
             requests = [GenerationRequest(i, prompt, new_tokens) for i, prompt in enumerate(prompts)]
-            return machine.seconds_of(lambda: generator.generate(requests, 0), at_least=0)
+            return machine.seconds_of(lambda: generator.generate(requests, 0), times=1)
 
-        long, short = workload.RESPONSE_TOKENS, workload.RESPONSE_TOKENS // 4
-        return (generate(long) - generate(short)) / (long - short)
+        longest = workload.RESPONSE_TOKENS
+        return (seconds(longest) - seconds(1)) / (longest - 1)
 
 
 def micro_batches(layout: Layout) -> Batch:
@@ -126,7 +123,7 @@ def main() -> None:
         sizes = (int(batch.tokens), model.hidden, model.ffn // layout.tp)
         constants = machine.measure(*sizes, held, device, DTYPES[precision], for_training)
         train = training_step(model, layout, constants, batch, sharded=True)
-        length = workload.PROMPT_TOKENS + workload.RESPONSE_TOKENS * 0.625  # in the middle of what is measured
+        length = workload.PROMPT_TOKENS + workload.RESPONSE_TOKENS / 2
         constants_of_rows = replace(constants, layer_seconds=for_decoding)
         decode = decode_step(model, layout, constants_of_rows, ROWS // layout.dp, length)
         found |= {"machine": asdict(constants), "predicted_train": asdict(train), "predicted_decode": asdict(decode)}
