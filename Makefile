@@ -4,6 +4,8 @@
 # make soak         kills a run KILLS times at random moments (SEED) and compares its end; CLI=1: through the command
 # make fuzz         malformed data and configurations for MINUTES, and a table of what became of them
 # make bench        speed and memory, side by side with transformers
+# make bench-peers  an iteration, and its parts, side by side with transformers and TRL (installed the first time)
+# make bench-scaling  over tensor, pipeline and data parallelism, beside a cost model
 # make clean        remove the environments and what tools leave behind
 #
 # The PyTorch that pip finds under the name TORCH is installed. Without a GPU its CPU build is enough, and smaller:
@@ -25,7 +27,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: quickstart test check-nemo soak fuzz bench clean
+.PHONY: quickstart test check-nemo soak fuzz bench bench-peers bench-scaling clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py --devices $(DEVICES) --tp $(TP) --pp $(PP)
@@ -48,6 +50,12 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/checkpoints.py
 
+bench-peers: $(INSTALLED)
+	$(BIN)/python benchmarks/peers/compare.py --pip-args="$(PIP_ARGS)" $(BENCH_ARGS)
+
+bench-scaling: $(INSTALLED)
+	$(BIN)/python benchmarks/scaling.py $(BENCH_ARGS)
+
 # torch first: what comes after must not choose another build of it
 $(INSTALLED): pyproject.toml
 	@test -n "$(VERSION)" || { echo "$(PYTHON) does not run: install it, or give one with PYTHON=..."; exit 1; }
@@ -58,5 +66,5 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-3.* build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-3.* .venv-peers build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Training and decoding speed beside transformers, and the memory of a SPIN step beside that of an SFT step.
+"""Training speed beside transformers, and the memory of a SPIN step beside that of an SFT step.
 
     python benchmarks/speed.py [--json] [--threads 2] [--rounds 5]
 
@@ -6,6 +6,7 @@ On the CPU, in one process, in fp32, with a Llama of 8 million parameters that h
 The two sides of a line take turns, because other work on the machine slows both: a ratio is the median over the rounds
 of the ratio within a round, a figure the median over the rounds. The bars are for a machine with nothing else to do:
 its load is printed. On a busy one the ratio of the processor times of all threads, `cpu`, is the one to look at.
+Generation, and SPIN beside TRL, are measured by peers/compare.py.
 """
 
 from __future__ import annotations
@@ -30,18 +31,12 @@ import nemo_spin.quiet  # noqa: F401, I001
 import memory
 import torch
 import workload
-from megatron.core.models.gpt.gpt_model import GPTModel
 from transformers import LlamaForCausalLM
 
-from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.pairs import Example, Pair
 
-REQUESTS = 32
-EQUAL = (64,)
-# Most answers are short, a few are long.
-SKEWED = (8, 16, 10, 64, 22, 6, 14, 32)
 MIB = 2**20
 WIDTH = 64
 
@@ -155,36 +150,6 @@ def self_play(optimizer: Optimizer, rounds: int) -> Line:
     return rates("SPIN step, against our SFT step on the same tokens", tokens, spin, sft, rounds, bar=None)
 
 
-def decoding(
-    gpt: GPTModel, llama: LlamaForCausalLM, batch: int, shape: str, pattern: tuple[int, ...], rounds: int
-) -> Line:
-    """As many rows at a time on both sides, at temperature 1. A batch of transformers takes as long as its longest row,
-    and its shorter rows are then cut; only the tokens asked for are counted.
-
-    pattern: the number of tokens of each response, repeated over the prompts.
-    """
-    prompts = [workload.random_ids(workload.PROMPT_TOKENS, i) for i in range(REQUESTS)]
-    lengths = [pattern[i % len(pattern)] for i in range(REQUESTS)]
-    requests = [GenerationRequest(i, ids, n) for i, (ids, n) in enumerate(zip(prompts, lengths, strict=True))]
-    generator = workload.generator(gpt, slots=batch)
-    llama.eval()
-
-    def ours() -> None:
-        responses = generator.generate(requests, iteration=0)
-        assert sum(len(response.ids) for response in responses) == sum(lengths)
-
-    def theirs() -> None:
-        for start in range(0, REQUESTS, batch):
-            tokens = torch.tensor(prompts[start : start + batch])
-            longest = max(lengths[start : start + batch])
-            mask = torch.ones_like(tokens)
-            ids = llama.generate(tokens, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=longest)
-            assert ids.shape[1] == tokens.shape[1] + longest
-
-    what = f"decoding, batch {batch}, {shape} lengths, against transformers"
-    return rates(what, sum(lengths), ours, theirs, rounds, bar=0.9)
-
-
 def step_memory(threads: int) -> Iterator[Line]:
     spin, sft = (memory.in_new_process(step, threads) for step in ("spin", "sft"))
 
@@ -206,9 +171,6 @@ def lines(threads: int, rounds: int) -> Iterator[Line]:
     llama = workload.in_transformers(workload.llama(), gpt)
     yield training(optimizer, llama, rounds)
     yield self_play(optimizer, rounds)
-    for batch in (8, 32):
-        yield decoding(gpt, llama, batch, "equal", EQUAL, rounds)
-        yield decoding(gpt, llama, batch, "skewed", SKEWED, rounds)
     setup.shutdown()
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 
 from nemo_spin.generation.interface import Engine, GenerationRequest, Response
 from nemo_spin.megatron.agreement import gathered
@@ -101,27 +102,16 @@ def _scored(
     progress: Callable[[str, int], None] | None,
 ) -> list[Rollout]:
     """The rollouts of all examples, each replica scoring its share."""
-    own = _score(gpt, _own_share(examples), _own_share(answers), batching, progress)
-    shares = _of_all_replicas(own)
-    return [shares[i % len(shares)][i // len(shares)] for i in range(len(examples))]
-
-
-def _score(
-    gpt: GPTModel,
-    examples: Sequence[Example],
-    answers: Sequence[Answer],
-    batching: Batching,
-    progress: Callable[[str, int], None] | None,
-) -> list[Rollout]:
-    groups = [
-        ResponseGroup(example.prompt_ids, (example.response_ids, answer.ids))
-        for example, answer in zip(examples, answers, strict=True)
-    ]
+    share = list(zip(_own_share(examples), _own_share(answers), strict=True))
+    groups = [ResponseGroup(example.prompt_ids, (example.response_ids, answer.ids)) for example, answer in share]
     logps = group_logps(gpt, groups, batching, _phase(progress, "scoring"))
-    return [
-        Rollout(example.index, answer.ids, answer.finish_reason, *(float(one.double().sum()) for one in both))
-        for example, answer, both in zip(examples, answers, logps, strict=True)
-    ]
+    shares = _of_all_replicas(
+        [
+            Rollout(example.index, answer.ids, answer.finish_reason, *map(_total, both))
+            for (example, answer), both in zip(share, logps, strict=True)
+        ]
+    )
+    return [shares[i % len(shares)][i // len(shares)] for i in range(len(examples))]
 
 
 def sequence_logps(
@@ -132,7 +122,11 @@ def sequence_logps(
     progress: Callable[[int], None] | None = None,
 ) -> list[float]:
     """The log-probability of each whole response given its prompt, in nats. See `response_logps`."""
-    return [float(logps.double().sum()) for logps in response_logps(gpt, prompts, responses, batching, progress)]
+    return [_total(logps) for logps in response_logps(gpt, prompts, responses, batching, progress)]
+
+
+def _total(per_token_logps: Tensor) -> float:
+    return float(per_token_logps.double().sum())
 
 
 def _own_share(items: Sequence[T]) -> Sequence[T]:

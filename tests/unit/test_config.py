@@ -146,7 +146,10 @@ def test_resolvers_and_plain_mappings() -> None:
         ({"model__seed": -1}, "model.seed"),
         ({"model__sequence_parallel": "yes"}, "model.sequence_parallel = 'yes': use true or false"),
         ({"model__optim__name": "sgd"}, "model.optim.name = 'sgd': use one of adam"),
-        ({"model__spin__generation_engine": "vllm"}, "generation_engine = 'vllm': use one of auto, nemo_spin, megatron"),
+        (
+            {"model__spin__generation_engine": "vllm"},
+            "generation_engine = 'vllm': use one of auto, nemo_spin, megatron",
+        ),
         ({"model__optim__lr": 0.0}, "model.optim.lr = 0.0: use finite numbers above 0"),
         ({"model__optim__lr": "9e-6"}, "model.optim.lr = '9e-6': use finite numbers"),
         ({"model__optim__lr": 5e-8}, "model.optim.sched.min_lr = .* must not be above the learning rate"),
