@@ -19,7 +19,7 @@ from nemo_spin.launch import guarded
 if TYPE_CHECKING:
     from nemo_spin import MegatronGPTSPINModel
     from nemo_spin.data.dataset import SFTDataset
-    from nemo_spin.generation.engine import Response
+    from nemo_spin.generation.interface import Response
 
 SAMPLES = 8
 LONGEST = 16

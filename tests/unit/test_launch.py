@@ -33,13 +33,13 @@ def work():
     if mode == "all_users":
         raise DataError("all of them\\nsay this.")
     if mode == "interrupted":
-        print("pid", os.getpid(), flush=True)
+        print(f"pid {os.getpid()}\\n", end="", flush=True)  # one write: two processes share the pipe
         time.sleep(60)
     if mode == "graceful":
         signals = []
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, lambda signum, frame: signals.append(signum))
-        print("pid", os.getpid(), flush=True)
+        print(f"pid {os.getpid()}\\n", end="", flush=True)  # one write: two processes share the pipe
         while not signals:
             time.sleep(0.01)
         time.sleep(1)
