@@ -224,7 +224,7 @@ class Generator:
                     "The model's logits are not finite, or no token is left to choose from: check its weights, the "
                     "learning rate, and the sampling parameters."
                 )
-            row.ids.append(token)
+            row.append(token)
             row.finish_reason = self._finish_reason(row)
         self.statistics.generated_tokens += len(group.rows_underway)
         ended, preempted, moves = group.schedule.leave()

@@ -28,7 +28,7 @@ class Row:
     """A response in the making.
 
     order: its place among the requests. key: of its random numbers. budget: tokens at most.
-    ids: the tokens so far. finish_reason: None until it is finished.
+    ids: the tokens so far. length: tokens of prompt and response. finish_reason: None until it is finished.
     """
 
     order: int
@@ -37,11 +37,15 @@ class Row:
     budget: int
     ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    # Counted along, because it is asked for at every step of every row.
+    length: int = field(init=False)
 
-    @property
-    def length(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.prompt_ids) + len(self.ids)
+    def __post_init__(self) -> None:
+        self.length = len(self.prompt_ids) + len(self.ids)
+
+    def append(self, token: int) -> None:
+        self.ids.append(token)
+        self.length += 1
 
     @property
     def longest(self) -> int:
@@ -77,6 +81,7 @@ class Schedule:
     """The rows of one group, in slots.
 
     `active[i]` is the row in slot i: there are no gaps, so a decode step costs what its unfinished rows cost.
+    `longest` is the number of tokens of the longest of them.
     slots: rows at most. cache_tokens: that the cache of this group holds at most, every row taking as many as the
     longest; has to be enough for the longest row alone. refill: free slots that are worth a prefill.
     """
@@ -95,11 +100,7 @@ class Schedule:
         self._refill = max(1, slots // 8) if refill is None else refill
         self._arrivals: list[Row] = []
         self.active: list[Row] = []
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest active row."""
-        return max((row.length for row in self.active), default=0)
+        self.longest = 0
 
     @property
     def capacity(self) -> int:
@@ -120,6 +121,7 @@ class Schedule:
             return []
         self.active.extend(taken)
         self._arrivals.extend(taken)
+        self.longest = _longest(self.active)
         return taken
 
     def leave(self) -> tuple[list[Row], list[Row], list[tuple[int, int]]]:
@@ -128,13 +130,16 @@ class Schedule:
         Returns the finished ones, those that wait again, and the moves (from slot, to slot) that close the gaps.
         """
         finished = [row for row in self.active if row.finish_reason is not None]
-        stays = [row for row in self._arrivals if row.finish_reason is None]
         preempted = []
-        while len(stays) * round_up(max((row.length for row in stays), default=0)) > self._cache_tokens:
-            preempted.append(stays.pop())
+        if finished:
+            self._arrivals = [row for row in self._arrivals if row.finish_reason is None]
+        self.longest = _longest(self._arrivals)
+        while len(self._arrivals) * round_up(self.longest) > self._cache_tokens:
+            preempted.append(self._arrivals.pop())
             self._waiting.put_back(preempted[-1])
-        self._arrivals = stays
-        return finished, preempted, self._close_gaps(finished + preempted)
+            self.longest = _longest(self._arrivals)
+        leaving = finished + preempted
+        return finished, preempted, self._close_gaps(leaving) if leaving else []
 
     def _close_gaps(self, leaving: Collection[Row]) -> list[tuple[int, int]]:
         gone = {id(row) for row in leaving}
@@ -162,6 +167,10 @@ class Schedule:
                 break
             taken.append(self._waiting.take())
         return taken, False
+
+
+def _longest(rows: Iterable[Row]) -> int:
+    return max((row.length for row in rows), default=0)
 
 
 def _with_room_to_grow(length: int) -> int:

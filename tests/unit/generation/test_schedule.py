@@ -102,7 +102,7 @@ def with_a_full_cache(choice: random.Random, cache_tokens: int) -> int:
             assert round_up(group.longest) <= group.capacity
             assert rows_now * group.capacity <= cache_tokens
             for row in group.active:
-                row.ids.append(0)
+                row.append(0)
                 row.finish_reason = "length" if len(row.ids) == lengths[row.order] else None
             gone, preempted, _ = group.leave()
             finished += gone
@@ -120,7 +120,8 @@ def test_what_came_last_goes_back_and_is_the_next_to_come() -> None:
     rows = rows_of([16, 16, 16], budget=200)
     schedule = schedule_of(rows, slots=3, cache_tokens=288)
     assert schedule.admit() == rows
-    rows[0].ids = [0] * 81  # 97 tokens, of which the cache has room for 3 times 96
+    for _ in range(81):
+        rows[0].append(0)  # 97 in the end, of which the cache has room for 3 times 96
     assert schedule.leave() == ([], [rows[2]], [])
     assert schedule.active == rows[:2]
     assert schedule.admit() == []
