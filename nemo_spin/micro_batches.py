@@ -43,6 +43,8 @@ def cut(groups: Sequence[ResponseGroup], size: Size, multiple_of: int = 1) -> li
 
     Their number is a multiple of `multiple_of`; where there are too few items, the last micro-batches are empty.
     """
+    if not groups:
+        return []
     order = sorted(range(len(groups)), key=lambda i: (-groups[i].longest, -groups[i].packed_tokens, i))
     if size.tokens is None:
         count = -(-len(order) // (size.items * multiple_of)) * multiple_of
