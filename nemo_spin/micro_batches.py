@@ -18,18 +18,24 @@ class Size:
     """How much goes through the model together.
 
     items: at most so many. tokens: at most so many in place of that; an item that has more goes alone.
-    padded: items are filled up to the longest one, and the filling counts.
+    padded: responses are filled up to the longest one, and the filling counts.
+    copied_prompts: each response has a copy of its prompt, as it has where it is padded.
     """
 
     items: int
     tokens: int | None = None
     padded: bool = False
+    copied_prompts: bool = False
 
     def cost(self, groups: Sequence[ResponseGroup]) -> int:
         """Tokens that the model computes for these, together."""
         if self.padded:
             return max(group.longest for group in groups) * sum(len(group.responses) for group in groups)
-        return sum(group.packed_tokens for group in groups)
+        return sum(self._packed(group) for group in groups)
+
+    def _packed(self, group: ResponseGroup) -> int:
+        copies = len(group.responses) - 1 if self.copied_prompts else 0
+        return group.packed_tokens + copies * len(group.prompt_ids)
 
 
 def cut(groups: Sequence[ResponseGroup], size: Size, multiple_of: int = 1) -> list[list[int]]:
@@ -37,6 +43,8 @@ def cut(groups: Sequence[ResponseGroup], size: Size, multiple_of: int = 1) -> li
 
     Their number is a multiple of `multiple_of`; where there are too few items, the last micro-batches are empty.
     """
+    if not groups:
+        return []
     order = sorted(range(len(groups)), key=lambda i: (-groups[i].longest, -groups[i].packed_tokens, i))
     if size.tokens is None:
         count = -(-len(order) // (size.items * multiple_of)) * multiple_of
@@ -78,7 +86,7 @@ def _greedily(order: Sequence[int], groups: Sequence[ResponseGroup], size: Size,
             rows += len(group.responses)
             tokens = rows * (groups[batches[-1][0]].longest if batches else group.longest)
         else:
-            tokens += group.packed_tokens
+            tokens += size.cost([group])
         if not batches or tokens > limit:
             batches.append([])
             rows, tokens = len(group.responses), size.cost([group])

@@ -116,8 +116,8 @@ def packed(
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
         of_group.append(of_response)
-    in_shares = list(_in_shares(groups))
-    where = [of_group[number][share] for number, share in _order(groups)]
+    in_shares = _in_shares(groups)
+    where = [of_group[number][share] for number, share in response_order(groups)]
     shares = [share for _, _, share in in_shares]
     targets = _targets(where, [(group.prompt_ids, response) for group, response, _ in in_shares], shares)
 
@@ -162,16 +162,12 @@ class _Gather(torch.autograd.Function):
 
 def response_order(groups: Sequence[ResponseGroup]) -> list[tuple[int, int]]:
     """(number of the group, number of the response in it) of every response, as `padded` and `packed` order them."""
-    return list(_order(groups))
-
-
-def _order(groups: Sequence[ResponseGroup]) -> list[tuple[int, int]]:
     most = max(len(group.responses) for group in groups)
     return [(i, share) for share in range(most) for i, group in enumerate(groups) if share < len(group.responses)]
 
 
 def _in_shares(groups: Sequence[ResponseGroup]) -> list[tuple[ResponseGroup, Sequence[int], int]]:
-    return [(groups[i], groups[i].responses[share], share) for i, share in _order(groups)]
+    return [(groups[i], groups[i].responses[share], share) for i, share in response_order(groups)]
 
 
 def _targets(

@@ -85,7 +85,7 @@ _FALSE, _TRUE, _ANY_FLAG, _NULL = _one_of(False), _one_of(True), _one_of(True, F
 
 _ONCE = "the data is tokenized once and kept on disk"
 _SMALLER_BATCH = "the last batch of an epoch may be smaller, no example is left out"
-_NOT_PACKED = "examples are not packed"
+_NOT_PACKED = "data is not packed beforehand; model.packed_sequence packs what goes through the model together"
 _DATA_ORDER = "the data order does not depend on the layout"
 _BUFFERS = "megatron-core lays out the gradients and decides when they are sent"
 _NO_OVERLAP = "communication is not overlapped by TransformerEngine"

@@ -135,7 +135,7 @@ class Optimizer:
         self._adam.prepare_grads()
         grad_norm = self._adam.get_grad_norm()
         # The norm alone will not do: it counts parameters that tensor-parallel processes share on one of them only.
-        is_sound = isfinite(loss) and isfinite(grad_norm) and are_finite(self._gradients())
+        is_sound = isfinite(loss) and isfinite(grad_norm) and are_finite(self._gradients_outside_norm())
         skipped = not everywhere(is_sound)
         if not skipped:
             self._clip(grad_norm)
@@ -143,10 +143,12 @@ class Optimizer:
         self._scheduler.step(1)
         return StepResult(float(grad_norm), lr, skipped)
 
-    def _gradients(self) -> Iterator[torch.Tensor]:
-        """Those that this process's Adam is about to use: of its shards under a distributed optimizer."""
+    def _gradients_outside_norm(self) -> Iterator[torch.Tensor]:
+        """Those that this process's Adam is about to use and another process counts in the norm."""
         for part in self._parts():
-            yield from (p.grad for p in part.get_parameters() if p.grad is not None)
+            counted = part.get_main_grads_for_grad_norm()
+            ids = set(map(id, counted))
+            yield from (p.grad for p in part.get_parameters() if p.grad is not None and id(p.grad) not in ids)
 
     def _clip(self, grad_norm: float | torch.Tensor) -> None:
         for part in self._parts():

@@ -57,7 +57,12 @@ class Batching:
 
     @property
     def size(self) -> Size:
-        return Size(self.micro_batch_size, self.micro_batch_tokens, padded=not self._is_packed)
+        return Size(
+            self.micro_batch_size,
+            self.micro_batch_tokens,
+            padded=not self._is_packed,
+            copied_prompts=have_transformer_engine(),
+        )
 
     @property
     def _is_packed(self) -> bool:

@@ -127,6 +127,7 @@ def test_every_layout_trains_and_generates_the_same(workers: Any, baseline: dict
 def a_step_on_one_pair() -> dict[str, Any]:
     play = SelfPlay()
     data = examples(1)
+    play.optimizer.start(1e-3, 2)
     return {"history": [play.step(as_pairs(data, play.roll_out(data, 0)))], "shards": play.shards()}
 
 

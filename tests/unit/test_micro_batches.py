@@ -44,6 +44,10 @@ def test_a_budget_takes_as_few_micro_batches_as_it_allows_and_evens_them_out() -
     assert [[len(batch) for batch in own] for own in share_out(groups, Size(1, tokens=500), 4)] == [[3]] * 4
 
 
+def test_a_replica_without_items_has_no_micro_batches() -> None:
+    assert cut([], Size(2)) == cut([], Size(2, tokens=100)) == []
+
+
 def test_items_of_one_length_go_together_and_ranks_do_as_much() -> None:
     lengths = [200, 10, 100, 20, 190, 30, 110, 10]
     groups = [ResponseGroup((1,), (range(n),)) for n in lengths]
