@@ -24,14 +24,14 @@ from torch import Tensor
 
 from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import CacheShape
-from nemo_spin.generation.cache_limit import cache_tokens, groups_in_flight
-from nemo_spin.generation.engine import MOST_SLOTS
+from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.megatron_engine_cpu import cpu_stand_ins
 from nemo_spin.generation.megatron_engine_parts import Capacity, add, build_engine, last_stage_rank, release
 from nemo_spin.generation.mode import generating
 from nemo_spin.generation.noise import sample_key
 from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
+from nemo_spin.generation.schedule import MOST_SLOTS
 from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class MegatronEngine:
         pages_of_longest = -(-length // page)
         shape = CacheShape.of(self._model)
         tokens = cache_tokens(shape, self._kv_cache_gib)
-        groups_in_flight(1, len(rows), tokens, pages_of_longest * page, shape)  # refuses what could never fit
+        rows_that_fit(tokens, pages_of_longest * page, shape)  # refuses one that never does
         return Capacity(
             rows=slots,
             length=length,
