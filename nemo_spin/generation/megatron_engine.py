@@ -197,7 +197,8 @@ class MegatronEngine:
             row.finish_reason = self._finish_reason(row)
             if row.finish_reason is not None:
                 self._ended.append(row)
-                self._give_up_slot(row)
+                if row.slot is not None:
+                    self._free_slots.append(row.slot)
         self.statistics.generated_tokens += len(rows)
         return ids
 
@@ -212,20 +213,15 @@ class MegatronEngine:
         return {number for number in numbers if self._rows[number].finish_reason is not None}
 
     def _slots_of(self, rows: Sequence[_Row]) -> list[int]:
-        """Where the seen tokens of each row are marked; a row that has come, or come back, gets a place of its own."""
-        arrivals = [row for row in rows if row.slot is None]
-        if len(arrivals) > len(self._free_slots):
-            for number in self._engine.waiting_request_ids:
-                self._give_up_slot(self._rows[number])
-        for row in arrivals:
-            row.slot = self._free_slots.pop()
-            self._seen.admit(row.slot, [(*row.request.prompt_ids, *row.ids)])
-        return [row.slot for row in rows]
+        """Where the seen tokens of each row are marked; a new row gets a place of its own.
 
-    def _give_up_slot(self, row: _Row) -> None:
-        if row.slot is not None:
-            self._free_slots.append(row.slot)
-            row.slot = None
+        One that megatron-core sends back for a while keeps its place: it is let in again before any new one.
+        """
+        for row in rows:
+            if row.slot is None:
+                row.slot = self._free_slots.pop()
+                self._seen.admit(row.slot, [row.request.prompt_ids])
+        return [row.slot for row in rows]
 
     def _count(self, rows: int) -> None:
         """Note what the pass cost that has made these logits: some rows were decoded, the others' prompts were read."""
