@@ -24,14 +24,14 @@ from torch import Tensor
 
 from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import CacheShape
-from nemo_spin.generation.cache_limit import cache_tokens, groups_in_flight
-from nemo_spin.generation.engine import MOST_SLOTS
+from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.megatron_engine_cpu import cpu_stand_ins
 from nemo_spin.generation.megatron_engine_parts import Capacity, add, build_engine, last_stage_rank, release
 from nemo_spin.generation.mode import generating
 from nemo_spin.generation.noise import sample_key
 from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
+from nemo_spin.generation.schedule import MOST_SLOTS
 from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class MegatronEngine:
         pages_of_longest = -(-length // page)
         shape = CacheShape.of(self._model)
         tokens = cache_tokens(shape, self._kv_cache_gib)
-        groups_in_flight(1, len(rows), tokens, pages_of_longest * page, shape)  # refuses what could never fit
+        rows_that_fit(tokens, pages_of_longest * page, shape)  # refuses one that never does
         return Capacity(
             rows=slots,
             length=length,
@@ -197,7 +197,8 @@ class MegatronEngine:
             row.finish_reason = self._finish_reason(row)
             if row.finish_reason is not None:
                 self._ended.append(row)
-                self._give_up_slot(row)
+                if row.slot is not None:
+                    self._free_slots.append(row.slot)
         self.statistics.generated_tokens += len(rows)
         return ids
 
@@ -212,20 +213,15 @@ class MegatronEngine:
         return {number for number in numbers if self._rows[number].finish_reason is not None}
 
     def _slots_of(self, rows: Sequence[_Row]) -> list[int]:
-        """Where the seen tokens of each row are marked; a row that has come, or come back, gets a place of its own."""
-        arrivals = [row for row in rows if row.slot is None]
-        if len(arrivals) > len(self._free_slots):
-            for number in self._engine.waiting_request_ids:
-                self._give_up_slot(self._rows[number])
-        for row in arrivals:
-            row.slot = self._free_slots.pop()
-            self._seen.admit(row.slot, [(*row.request.prompt_ids, *row.ids)])
-        return [row.slot for row in rows]
+        """Where the seen tokens of each row are marked; a new row gets a place of its own.
 
-    def _give_up_slot(self, row: _Row) -> None:
-        if row.slot is not None:
-            self._free_slots.append(row.slot)
-            row.slot = None
+        One that megatron-core sends back for a while keeps its place: it is let in again before any new one.
+        """
+        for row in rows:
+            if row.slot is None:
+                row.slot = self._free_slots.pop()
+                self._seen.admit(row.slot, [row.request.prompt_ids])
+        return [row.slot for row in rows]
 
     def _count(self, rows: int) -> None:
         """Note what the pass cost that has made these logits: some rows were decoded, the others' prompts were read."""

@@ -27,7 +27,7 @@ from nemo_spin.generation.megatron_engine_cpu import Unpinned
 
 try:
     from megatron.core.inference.config import InferenceConfig
-except ImportError:  # before 0.17 the context and the wrapper took their settings one by one
+except ImportError:  # in 0.16 the context and the wrapper take their settings one by one
     InferenceConfig = None
 
 # The oldest whose kernels read pages as megatron-core has them.
@@ -69,7 +69,7 @@ class _Controller(TextGenerationController):
             logits = self.inference_wrapped_model.run_one_forward_step(
                 {"tokens": input_ids, "position_ids": position_ids, "attention_mask": None}
             )
-        self._all_logits_cuda = logits  # where 0.17 and later look for them
+        self._all_logits_cuda = logits  # where 0.19 looks for them
         return logits
 
     def _dynamic_step_sample_bookkeeping(self) -> None:
