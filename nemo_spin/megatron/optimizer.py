@@ -16,6 +16,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from nemo_spin.megatron.agreement import everywhere
 from nemo_spin.megatron.finite import are_finite
@@ -146,9 +148,10 @@ class Optimizer:
     def _gradients_outside_norm(self) -> Iterator[torch.Tensor]:
         """Those that this process's Adam is about to use and another process counts in the norm."""
         for part in self._parts():
-            counted = part.get_main_grads_for_grad_norm()
-            ids = set(map(id, counted))
-            yield from (p.grad for p in part.get_parameters() if p.grad is not None and id(p.grad) not in ids)
+            for p in part.get_parameters():
+                is_counted = param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)
+                if p.grad is not None and not is_counted:
+                    yield p.grad
 
     def _clip(self, grad_norm: float | torch.Tensor) -> None:
         for part in self._parts():
