@@ -174,17 +174,17 @@ def assumptions(options: argparse.Namespace) -> str:
     fewest, most = MICRO_BATCH_TOKENS[0], MICRO_BATCH_TOKENS[-1]
     nvlink, infiniband = (f"{link.bandwidth / 1e9:.0f} GB/s" for link in (NVLINK, INFINIBAND))
     lines = [
-        f"H100 SXM 80 GB, {GPUS_OF_A_NODE} in a node: matrix products at {FLOPS / 1e12:.0f} TFLOP/s in bf16 (50% of 989),",
+        f"H100 SXM 80 GB, {GPUS_OF_A_NODE} in a node: products at {FLOPS / 1e12:.0f} TFLOP/s in bf16 (50% of 989),",
         f"  memory at {BANDWIDTH / 1e12:.2f} TB/s (70% of 3.35), {MEMORY / GIB:.0f} GiB of it to use (90%)",
         f"{nvlink} over NVLink (75% of 450), {infiniband} over InfiniBand (80% of 50), for each GPU one way;",
-        f"  {NVLINK.latency * 1e6:.0f} and {INFINIBAND.latency * 1e6:.0f} microseconds for each message; none of it hidden",
+        f"  {NVLINK.latency * 1e6:.0f} and {INFINIBAND.latency * 1e6:.0f} microseconds a message; none of it hidden",
         f"{LAYER_SECONDS * 1e6:.0f} microseconds to start a layer's kernels: no CUDA graphs",
         f"{options.pairs:,} pairs, {PAIRS_PER_STEP} in a step, one epoch",
-        f"{options.prompt:g} tokens of prompt, {options.chosen:g} of human and {options.rejected:g} of generated response",
-        f"  on average; memory for sequences of {options.longest} tokens",
+        f"{options.prompt:g} tokens of prompt, {options.chosen:g} of human and {options.rejected:g} of generated",
+        f"  response on average; memory for sequences of {options.longest} tokens",
         f"{ROWS} rows generated at a time by each pipeline stage of a replica, every slot of use",
-        f"micro-batches of {fewest} to {most} tokens, the fastest that fit, without padding; prompts computed twice, as",
-        "  with TransformerEngine",
+        f"micro-batches of {fewest} to {most} tokens, the fastest that fit, without padding; prompts computed twice,",
+        "  as with TransformerEngine",
         "bf16, fp32 gradients, the optimizer's state sharded over the replicas",
     ]
     return "\n".join(line if line.startswith(" ") else f"- {line}" for line in lines)
