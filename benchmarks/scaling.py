@@ -157,12 +157,12 @@ def main() -> None:
             everything.append(run(model, layout, layer_seconds, scratch))
             print(f"{model}, {layout}", file=sys.stderr, flush=True)
     print(table(list(rows(everything))))
-    if most > 1 and not gpus and not options.quick:
-        print("", *pipeline_decoding(), sep="\n")
     if options.json:
         options.json.write_text(json.dumps({"layer_seconds": layer_seconds, "found": everything}, indent=1) + "\n")
     if options.plot:
         write_plot(points(everything), options.plot)
+    if most > 1 and not gpus and not options.quick:
+        print("", *pipeline_decoding(), sep="\n")
 
 
 if __name__ == "__main__":
