@@ -4,8 +4,8 @@
 # make soak         kills a run KILLS times at random moments (SEED) and compares its end; CLI=1: through the command
 # make fuzz         malformed data and configurations for MINUTES, and a table of what became of them
 # make bench        speed and memory, side by side with transformers
-# make bench-peers  an iteration, and its parts, side by side with transformers and TRL (installed the first time)
-# make bench-scaling  over tensor, pipeline and data parallelism, beside a cost model
+# make bench-peers  an iteration and its parts, side by side with transformers and TRL (BENCH_ARGS=--quick)
+# make bench-scaling  tensor, pipeline and data parallelism, beside a cost model (BENCH_ARGS=--quick)
 # make clean        remove the environments and what tools leave behind
 #
 # The PyTorch that pip finds under the name TORCH is installed. Without a GPU its CPU build is enough, and smaller:
@@ -20,6 +20,7 @@ DEVICES ?= 2
 TP ?= 2
 PP ?= 1
 MINUTES ?= 10
+BENCH_ARGS ?=
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))

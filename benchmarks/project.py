@@ -31,7 +31,8 @@ INFINIBAND = Link(bandwidth=0.8 * 50e9, latency=10e-6)
 LAYER_SECONDS = 200e-6
 MEMORY = 0.9 * 80e9
 GPUS_OF_A_NODE = 8
-PAIRS_PER_STEP, ROWS, PAIRS_OF_A_MICRO_BATCH = 64, 128, 4
+PAIRS_PER_STEP, ROWS = 64, 128
+MICRO_BATCH_TOKENS = (2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ MODELS = (
 @dataclass(frozen=True)
 class Projection:
     layout: Layout
+    micro_batch_tokens: int
     recompute: bool
     memory: MemoryEstimate
     cost: IterationCost
@@ -102,7 +104,7 @@ def machine(layout: Layout) -> Machine:
     return Machine(FLOPS, BANDWIDTH, LAYER_SECONDS, NVLINK, pipeline, rest, bytes_per_value=2)
 
 
-def configuration(layout: Layout, recompute: bool, longest: int) -> SpinConfig:
+def configuration(layout: Layout, micro_batch_tokens: int, recompute: bool, longest: int) -> SpinConfig:
     own = {
         "trainer": {"accelerator": "gpu", "precision": "bf16", "devices": layout.processes},
         "exp_manager": {"explicit_log_dir": "projection"},
@@ -111,7 +113,7 @@ def configuration(layout: Layout, recompute: bool, longest: int) -> SpinConfig:
             "tensor_model_parallel_size": layout.tp,
             "pipeline_model_parallel_size": layout.pp,
             "sequence_parallel": layout.tp > 1,
-            "micro_batch_size": min(PAIRS_OF_A_MICRO_BATCH, PAIRS_PER_STEP // layout.dp),
+            "micro_batch_tokens": micro_batch_tokens,
             "global_batch_size": PAIRS_PER_STEP,
             "encoder_seq_length": longest,
             "activations_checkpoint_granularity": "full" if recompute else None,
@@ -123,32 +125,44 @@ def configuration(layout: Layout, recompute: bool, longest: int) -> SpinConfig:
 
 
 def projections(model: Model, work: Iteration, longest: int) -> list[Projection]:
-    """Every layout that fits, the fastest first; activations are computed again only where that is needed to fit."""
-    found = []
+    """Each layout that fits, with the micro-batches that are fastest in it, the fastest first. Activations are computed
+    again only where that is needed to fit."""
+    best = []
     for layout in layouts(model):
-        for recompute in (False, True):
-            cfg = configuration(layout, recompute, longest)
-            memory = estimate(model.architecture(), cfg, longest, longest, work.pairs)
-            # TransformerEngine's attention computes a pair's prompt twice.
-            own = replace(work, rows=ROWS * layout.pp)
-            cost = iteration(model.shape, layout, machine(layout), own, recompute, shared_prompt=False)
-            projection = Projection(layout, recompute, memory, cost)
-            if projection.bytes <= MEMORY:
-                found.append(projection)
-                break
-    return sorted(found, key=lambda projection: projection.cost.seconds)
+        found = [_project(model, layout, tokens, work, longest) for tokens in MICRO_BATCH_TOKENS]
+        if fitting := [projection for projection in found if projection is not None]:
+            best.append(min(fitting, key=lambda projection: projection.cost.seconds))
+    return sorted(best, key=lambda projection: projection.cost.seconds)
+
+
+def _project(model: Model, layout: Layout, micro_batch_tokens: int, work: Iteration, longest: int) -> Projection | None:
+    own = replace(work, rows=ROWS * layout.pp, micro_batch_tokens=micro_batch_tokens)
+    for recompute in (False, True):
+        cfg = configuration(layout, micro_batch_tokens, recompute, longest)
+        memory = estimate(model.architecture(), cfg, longest, longest, work.pairs)
+        # TransformerEngine's attention computes a pair's prompt twice.
+        cost = iteration(model.shape, layout, machine(layout), own, recompute, shared_prompt=False)
+        projection = Projection(layout, micro_batch_tokens, recompute, memory, cost)
+        if projection.bytes <= MEMORY:
+            return projection
+    return None
 
 
 def table(found: list[Projection]) -> str:
     lines = [
-        "| layout | recompute | responses, min | reference, min | steps, min | iteration, h | GiB per GPU |",
-        "|---|---|---|---|---|---|---|",
+        "| layout | micro-batch | recompute | responses, min | reference, min | steps, min | sum, h | GiB per GPU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
         cost, memory = one.cost, one.memory
         minutes = [(cost.prefill.seconds + cost.decode.seconds) / 60]
         minutes += [cost.scoring.seconds / 60, cost.training.seconds / 60]
-        cells = [str(one.layout), "full" if one.recompute else "none", *(f"{value:.1f}" for value in minutes)]
+        cells = [
+            str(one.layout),
+            str(one.micro_batch_tokens),
+            "full" if one.recompute else "none",
+            *(f"{value:.1f}" for value in minutes),
+        ]
         cells += [f"{cost.seconds / 3600:.2f}", f"{one.bytes / GIB:.0f} (weights {memory.weights / GIB:.0f}, "
                   f"gradients {memory.gradients / GIB:.0f}, optimizer {memory.optimizer / GIB:.0f}, "
                   f"cache {memory.kv_cache / GIB:.0f}, activations {memory.activations / GIB:.0f})"]  # fmt: skip
@@ -157,17 +171,23 @@ def table(found: list[Projection]) -> str:
 
 
 def assumptions(options: argparse.Namespace) -> str:
-    return (
-        f"Assumed: H100 SXM 80 GB, {GPUS_OF_A_NODE} in a node. Matrix products at {FLOPS / 1e12:.0f} TFLOP/s (50% of "
-        f"989), memory at {BANDWIDTH / 1e12:.2f} TB/s (70% of 3.35), NVLink {NVLINK.bandwidth / 1e9:.0f} GB/s and "
-        f"InfiniBand {INFINIBAND.bandwidth / 1e9:.0f} GB/s per GPU one way, {NVLINK.latency * 1e6:.0f} and "
-        f"{INFINIBAND.latency * 1e6:.0f} microseconds a message, {LAYER_SECONDS * 1e6:.0f} microseconds to start a "
-        f"layer's kernels, no overlap of communication. {options.pairs:,} pairs, {PAIRS_PER_STEP} in a step, one "
-        f"epoch; {options.prompt:g} tokens of prompt, {options.chosen:g} of human and {options.rejected:g} of "
-        f"generated response on average, sequences up to {options.longest} tokens; {ROWS} rows generated at a time by "
-        "each pipeline stage of a replica, every slot of use; bf16, the optimizer's state sharded, prompts computed "
-        "twice (as with TransformerEngine)."
-    )
+    fewest, most = MICRO_BATCH_TOKENS[0], MICRO_BATCH_TOKENS[-1]
+    nvlink, infiniband = (f"{link.bandwidth / 1e9:.0f} GB/s" for link in (NVLINK, INFINIBAND))
+    lines = [
+        f"H100 SXM 80 GB, {GPUS_OF_A_NODE} in a node: products at {FLOPS / 1e12:.0f} TFLOP/s in bf16 (50% of 989),",
+        f"  memory at {BANDWIDTH / 1e12:.2f} TB/s (70% of 3.35), {MEMORY / GIB:.0f} GiB of it to use (90%)",
+        f"{nvlink} over NVLink (75% of 450), {infiniband} over InfiniBand (80% of 50), for each GPU one way;",
+        f"  {NVLINK.latency * 1e6:.0f} and {INFINIBAND.latency * 1e6:.0f} microseconds a message; none of it hidden",
+        f"{LAYER_SECONDS * 1e6:.0f} microseconds to start a layer's kernels: no CUDA graphs",
+        f"{options.pairs:,} pairs, {PAIRS_PER_STEP} in a step, one epoch",
+        f"{options.prompt:g} tokens of prompt, {options.chosen:g} of human and {options.rejected:g} of generated",
+        f"  response on average; memory for sequences of {options.longest} tokens",
+        f"{ROWS} rows generated at a time by each pipeline stage of a replica, every slot of use",
+        f"micro-batches of {fewest} to {most} tokens, the fastest that fit, without padding; prompts computed twice,",
+        "  as with TransformerEngine",
+        "bf16, fp32 gradients, the optimizer's state sharded over the replicas",
+    ]
+    return "\n".join(line if line.startswith(" ") else f"- {line}" for line in lines)
 
 
 def main() -> None:
@@ -183,7 +203,6 @@ def main() -> None:
     add("--most", type=int, default=4, help="layouts shown of each model, the fastest first (default 4)")
     options = parser.parse_args()
     register_resolvers()
-    mean = 2 * options.prompt + options.chosen + options.rejected
     work = Iteration(
         options.pairs,
         PAIRS_PER_STEP,
@@ -191,9 +210,9 @@ def main() -> None:
         options.chosen,
         options.rejected,
         ROWS,
-        int(PAIRS_OF_A_MICRO_BATCH * mean),
+        MICRO_BATCH_TOKENS[0],
     )
-    print("Computed, not measured: nothing of this ran on a GPU.\n")
+    print("**Computed, not measured**: nothing of this ran on a GPU. Assumed:\n")
     print(assumptions(options))
     for model in MODELS:
         found = projections(model, work, options.longest)

@@ -27,6 +27,7 @@ SIZE = "8.6M"
 SIZES = ("3M", "8.6M", "34M")
 SIZE_ON_GPU = "1B"
 SIDES = ("train", "decode")
+BAR_OF_STAGES = 0.9
 
 Found = dict[str, Any]
 
@@ -112,6 +113,20 @@ def points(everything: list[Found]) -> list[Point]:
     ]
 
 
+def pipeline_decoding() -> list[str]:
+    """Decoding in two stages beside two replicas, which wait for nobody: what a core makes."""
+    command = [sys.executable, str(HERE / "pipeline_decode.py"), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    lines = []
+    for found in map(json.loads, done.stdout.splitlines()):
+        verdict = "met" if found["ratio"] >= BAR_OF_STAGES else "MISSED"
+        lines.append(
+            f"Decoding in {found['stages']} stages, {found['lengths']} lengths: {found['ratio']:.2f} of the tokens per "
+            f"second that replicas make on the same cores, >= {BAR_OF_STAGES} {verdict}"
+        )
+    return lines
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training and decoding over layouts and sizes, beside the cost model.")
     add = parser.add_argument
@@ -146,6 +161,8 @@ def main() -> None:
         options.json.write_text(json.dumps({"layer_seconds": layer_seconds, "found": everything}, indent=1) + "\n")
     if options.plot:
         write_plot(points(everything), options.plot)
+    if most > 1 and not gpus and not options.quick:
+        print("", *pipeline_decoding(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class Side:
         return {
             "seconds": seconds,
             "tokens": sum(lengths),
-            "useful": getattr(generator.statistics, "useful_share", 1.0),
+            "useful": generator.statistics.useful_share,
         }
 
     def logps(self, name: str, data: str) -> Answer:
