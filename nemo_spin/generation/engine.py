@@ -13,23 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import CacheShape, CachesInUse, caching
 from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.mode import generating
-from nemo_spin.generation.noise import sample_key
 from nemo_spin.generation.rotary import RotaryAngles
 from nemo_spin.generation.row_group import RowGroup, to_device
-from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
-from nemo_spin.generation.schedule import MOST_SLOTS, Row, Schedule, Waiting, groups_wanted
+from nemo_spin.generation.rows import Row, Rules, finished_responses, response_of
+from nemo_spin.generation.sampling import Sampler, SeenTokens
+from nemo_spin.generation.schedule import MOST_SLOTS, Schedule, Waiting, groups_wanted
 from nemo_spin.generation.stages import Stage
 from nemo_spin.generation.vocabulary import VocabularyShard
 from nemo_spin.watchdog import beat
@@ -69,12 +67,11 @@ class Generator:
         kv_cache_gib: float | None = None,
     ) -> None:
         self.statistics = Statistics()
-        self._model, self._max_sequence_length, self._seed = model, max_sequence_length, seed
-        self.stop_ids, self._min_length, self._should_stop = stop_ids, min_length, should_stop
+        self._rules = Rules(vocab_size, max_sequence_length, sampling, min_length, stop_ids, seed, should_stop)
+        self._model, self.stop_ids = model, stop_ids
         self._slots, self._pad_id, self._kv_cache_gib = slots or MOST_SLOTS, pad_id, kv_cache_gib
         self._device = next(model.parameters()).device
         self._stage = Stage(model)
-        self._vocab_size, self._sampling = vocab_size, sampling
         self._sampler = None
         if model.post_process:
             shard = VocabularyShard(model.output_layer.output_size_per_partition, vocab_size)
@@ -82,15 +79,8 @@ class Generator:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a response depends on beside its request and the weights, as JSON has it."""
-        return {
-            "seed": self._seed,
-            "vocab_size": self._vocab_size,
-            "max_sequence_length": self._max_sequence_length,
-            "min_length": self._min_length,
-            "stop_ids": sorted(self.stop_ids),
-            **asdict(self._sampling),
-        }
+        """See `Engine.settings`."""
+        return self._rules.settings
 
     def generate(
         self,
@@ -102,7 +92,7 @@ class Generator:
     ) -> list[Response]:
         """See `Engine.generate`. interrupted: asked before each round of the groups."""
         self.statistics = Statistics()
-        rows = [self._row(order, request, iteration) for order, request in enumerate(requests)]
+        rows = self._rules.rows(requests, iteration)
         if not rows:
             return []
         waiting = Waiting(rows)
@@ -120,24 +110,10 @@ class Generator:
                     self._note_cache(groups)
                     if finished is not None:
                         for row in ended:
-                            finished(_response(requests[row.order], row))
+                            finished(response_of(requests[row.order], row))
                     if ended and progress is not None:
                         progress(len(ended))
-        return [
-            _response(request, row)
-            for request, row in zip(requests, rows, strict=True)
-            if row.finish_reason is not None
-        ]
-
-    def _row(self, order: int, request: GenerationRequest, iteration: int) -> Row:
-        budget = min(request.max_new_tokens, self._max_sequence_length - len(request.prompt_ids))
-        if budget < 1 or not request.prompt_ids:
-            raise DataError(
-                f"Sample {request.index} cannot be answered: its prompt has {len(request.prompt_ids)} tokens, at most "
-                f"{request.max_new_tokens} new ones are asked for, and a sequence holds {self._max_sequence_length}."
-            )
-        key = sample_key(self._seed, iteration, request.index, request.sample)
-        return Row(order, request.prompt_ids, key, budget)
+        return finished_responses(requests, rows)
 
     def _rotary_angles(self, length: int) -> Tensor | None:
         """[length, 1, 1, d], or None without rotary embedding."""
@@ -219,13 +195,7 @@ class Generator:
         ids, group.underway = group.underway.wait(), None
         group.extend(group.first_underway, ids)
         for row, token in zip(group.rows_underway, ids.tolist(), strict=True):
-            if token == NO_TOKEN:
-                raise UserError(
-                    "The model's logits are not finite, or no token is left to choose from: check its weights, the "
-                    "learning rate, and the sampling parameters."
-                )
-            row.append(token)
-            row.finish_reason = self._finish_reason(row)
+            self._rules.extend(row, token)
         self.statistics.generated_tokens += len(group.rows_underway)
         ended, preempted, moves = group.schedule.leave()
         self.statistics.preempted_rows += len(preempted)
@@ -235,13 +205,6 @@ class Generator:
     def _note_cache(self, groups: Sequence[RowGroup]) -> None:
         held = sum(group.cache.nbytes for group in groups)
         self.statistics.peak_cache_bytes = max(self.statistics.peak_cache_bytes, held)
-
-    def _finish_reason(self, row: Row) -> str | None:
-        if row.ids[-1] in self.stop_ids:
-            return "stop"
-        if self._should_stop is not None and len(row.ids) >= self._min_length and self._should_stop(row.ids):
-            return "stop"
-        return "length" if len(row.ids) == row.budget else None
 
 
 @contextmanager
@@ -260,8 +223,3 @@ def _wait_for_all(groups: Sequence[RowGroup]) -> None:
     for group in groups:
         if group.underway is not None:
             group.underway.wait()
-
-
-def _response(request: GenerationRequest, row: Row) -> Response:
-    assert row.finish_reason is not None
-    return Response(request.index, tuple(row.ids), row.finish_reason)

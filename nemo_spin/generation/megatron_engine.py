@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +21,14 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import CacheShape
 from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.megatron_engine_cpu import cpu_stand_ins
 from nemo_spin.generation.megatron_engine_parts import Capacity, add, build_engine, last_stage_rank, release
 from nemo_spin.generation.mode import generating
-from nemo_spin.generation.noise import sample_key
-from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
+from nemo_spin.generation.rows import Row, Rules, finished_responses, response_of
+from nemo_spin.generation.sampling import Sampler, SeenTokens
 from nemo_spin.generation.schedule import MOST_SLOTS
 from nemo_spin.watchdog import beat
 
@@ -43,18 +41,6 @@ if TYPE_CHECKING:
 PASS_TOKENS = 16384
 # flash-attn reads pages of a multiple of 256 tokens. On a CPU small ones waste less, and the tests see more of them.
 GPU_PAGE, CPU_PAGE = 256, 16
-
-
-@dataclass
-class _Row:
-    """A response in the making. slot: its row in the mask of seen tokens, while it has one."""
-
-    request: GenerationRequest
-    key: int
-    budget: int
-    ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    slot: int | None = None
 
 
 class MegatronEngine:
@@ -80,23 +66,16 @@ class MegatronEngine:
         kv_cache_gib: float | None = None,
     ) -> None:
         self.statistics = Statistics()
-        self._model, self._max_sequence_length, self._seed = model, max_sequence_length, seed
-        self.stop_ids, self._min_length, self._should_stop = stop_ids, min_length, should_stop
-        self._slots, self._kv_cache_gib, self._sampling = slots or MOST_SLOTS, kv_cache_gib, sampling
+        self._rules = Rules(vocab_size, max_sequence_length, sampling, min_length, stop_ids, seed, should_stop)
+        self._model, self.stop_ids = model, stop_ids
+        self._slots, self._kv_cache_gib = slots or MOST_SLOTS, kv_cache_gib
         self._device = next(model.parameters()).device
         self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a response depends on beside its request and the weights, as JSON has it: the same for every engine."""
-        return {
-            "seed": self._seed,
-            "vocab_size": self._sampler.vocab_size,
-            "max_sequence_length": self._max_sequence_length,
-            "min_length": self._min_length,
-            "stop_ids": sorted(self.stop_ids),
-            **asdict(self._sampling),
-        }
+        """See `interface.Engine.settings`: the same for every engine."""
+        return self._rules.settings
 
     def generate(
         self,
@@ -108,35 +87,27 @@ class MegatronEngine:
     ) -> list[Response]:
         """See `interface.Engine.generate`."""
         self.statistics = Statistics()
-        rows = [self._row(request, iteration) for request in requests]
+        rows = self._rules.rows(requests, iteration)
         if not rows:
             return []
         with self._engine_for(rows) as engine:
             while engine.has_unfinished_requests() and not (interrupted is not None and interrupted()):
                 beat()
-                self._ended: list[_Row] = []
+                self._ended: list[Row] = []
                 engine.step_modern()
                 if finished is not None:
                     for row in self._ended:
-                        finished(_response(row))
+                        finished(response_of(requests[row.order], row))
                 if self._ended and progress is not None:
                     progress(len(self._ended))
-        return [_response(row) for row in rows if row.finish_reason is not None]
-
-    def _row(self, request: GenerationRequest, iteration: int) -> _Row:
-        budget = min(request.max_new_tokens, self._max_sequence_length - len(request.prompt_ids))
-        if budget < 1 or not request.prompt_ids:
-            raise DataError(
-                f"Sample {request.index} cannot be answered: its prompt has {len(request.prompt_ids)} tokens, at most "
-                f"{request.max_new_tokens} new ones are asked for, and a sequence holds {self._max_sequence_length}."
-            )
-        return _Row(request, sample_key(self._seed, iteration, request.index, request.sample), budget)
+        return finished_responses(requests, rows)
 
     @contextmanager
-    def _engine_for(self, rows: Sequence[_Row]) -> Iterator[DynamicInferenceEngine]:
+    def _engine_for(self, rows: Sequence[Row]) -> Iterator[DynamicInferenceEngine]:
         """megatron-core's engine with all rows queued. Afterwards the model is what it was, and the cache free."""
         capacity = self._capacity(rows)
-        self._rows, self._free_slots, self._seen = rows, list(range(capacity.rows)), None
+        self._rows, self._seen = rows, None
+        self._free_slots, self._slot_of = list(range(capacity.rows)), {}
         if self._sampler.needs_seen_tokens and dist.get_rank() == last_stage_rank():
             self._seen = SeenTokens(capacity.rows, self._sampler.vocab_size, self._device)
         with _fixed_angles(self._model, capacity.length), generating(self._model), cpu_stand_ins(self._model):
@@ -144,19 +115,19 @@ class MegatronEngine:
             try:
                 self.statistics.peak_cache_bytes = engine.context.memory_buffer.nbytes
                 for number, row in enumerate(rows):
-                    add(engine, number, row.request.prompt_ids, row.budget)
+                    add(engine, number, row.prompt_ids, row.budget)
                 yield engine
             finally:
                 self.statistics.preempted_rows = engine.evicted_request_count
                 self._rows, self._seen, self._engine = [], None, None
                 release(engine)
 
-    def _capacity(self, rows: Sequence[_Row]) -> Capacity:
+    def _capacity(self, rows: Sequence[Row]) -> Capacity:
         # megatron-core shares requests of a pass out over the tensor-parallel ranks.
         tp_size = parallel_state.get_tensor_model_parallel_world_size()
         slots = -(-min(self._slots, len(rows)) // tp_size) * tp_size
         page = GPU_PAGE if self._device.type == "cuda" else CPU_PAGE
-        length = max(len(row.request.prompt_ids) + row.budget for row in rows)
+        length = max(row.longest for row in rows)
         pages_of_longest = -(-length // page)
         shape = CacheShape.of(self._model)
         tokens = cache_tokens(shape, self._kv_cache_gib)
@@ -188,40 +159,27 @@ class MegatronEngine:
         if group.size() > 1:
             dist.broadcast(ids, last_stage_rank(), group=group)
         for row, token in zip(rows, ids.tolist(), strict=True):
-            if token == NO_TOKEN:
-                raise UserError(
-                    "The model's logits are not finite, or no token is left to choose from: check its weights, the "
-                    "learning rate, and the sampling parameters."
-                )
-            row.ids.append(token)
-            row.finish_reason = self._finish_reason(row)
+            self._rules.extend(row, token)
             if row.finish_reason is not None:
                 self._ended.append(row)
-                if row.slot is not None:
-                    self._free_slots.append(row.slot)
+                if row.order in self._slot_of:
+                    self._free_slots.append(self._slot_of[row.order])
         self.statistics.generated_tokens += len(rows)
         return ids
-
-    def _finish_reason(self, row: _Row) -> str | None:
-        if row.ids[-1] in self.stop_ids:
-            return "stop"
-        if self._should_stop is not None and len(row.ids) >= self._min_length and self._should_stop(row.ids):
-            return "stop"
-        return "length" if len(row.ids) == row.budget else None
 
     def _which_ended(self, numbers: Sequence[int]) -> set[int]:
         return {number for number in numbers if self._rows[number].finish_reason is not None}
 
-    def _slots_of(self, rows: Sequence[_Row]) -> list[int]:
+    def _slots_of(self, rows: Sequence[Row]) -> list[int]:
         """Where the seen tokens of each row are marked; a new row gets a place of its own.
 
         One that megatron-core sends back for a while keeps its place: it is let in again before any new one.
         """
         for row in rows:
-            if row.slot is None:
-                row.slot = self._free_slots.pop()
-                self._seen.admit(row.slot, [row.request.prompt_ids])
-        return [row.slot for row in rows]
+            if row.order not in self._slot_of:
+                slot = self._slot_of[row.order] = self._free_slots.pop()
+                self._seen.admit(slot, [row.prompt_ids])
+        return [self._slot_of[row.order] for row in rows]
 
     def _count(self, rows: int) -> None:
         """Note what the pass cost that has made these logits: some rows were decoded, the others' prompts were read."""
@@ -255,8 +213,3 @@ def _fixed_angles(model: GPTModel, length: int) -> Iterator[None]:
         yield
     finally:
         del embedding.forward
-
-
-def _response(row: _Row) -> Response:
-    assert row.finish_reason is not None
-    return Response(row.request.index, tuple(row.ids), row.finish_reason)

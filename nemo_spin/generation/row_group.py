@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from nemo_spin.generation.cache import CacheShape, KVCache, round_up
+from nemo_spin.generation.rows import Row
 from nemo_spin.generation.sampling import SeenTokens
-from nemo_spin.generation.schedule import Row, Schedule
+from nemo_spin.generation.schedule import Schedule
 from nemo_spin.generation.stages import Underway
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 
 from nemo_spin.generation.cache import GRANULE, round_up
+from nemo_spin.generation.rows import Row
 
 # Tokens of a prefill at most, padding included (a single longer prompt is still taken): bounds its activations.
 PREFILL_TOKENS = 16384
@@ -21,36 +21,6 @@ def groups_wanted(stages: int) -> int:
     """Groups of rows in flight: one more than there are stages, so that what goes from stage to stage has time to
     arrive; a single stage waits for nobody."""
     return stages + 1 if stages > 1 else 1
-
-
-@dataclass(eq=False)
-class Row:
-    """A response in the making.
-
-    order: its place among the requests. key: of its random numbers. budget: tokens at most.
-    ids: the tokens so far. length: tokens of prompt and response. finish_reason: None until it is finished.
-    """
-
-    order: int
-    prompt_ids: tuple[int, ...]
-    key: int
-    budget: int
-    ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    # Counted along, because it is asked for at every step of every row.
-    length: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.length = len(self.prompt_ids) + len(self.ids)
-
-    def append(self, token: int) -> None:
-        self.ids.append(token)
-        self.length += 1
-
-    @property
-    def longest(self) -> int:
-        """Tokens of prompt and response at most."""
-        return len(self.prompt_ids) + self.budget
 
 
 class Waiting:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nemo_spin.generation.cache import round_up
-from nemo_spin.generation.schedule import Row, Schedule, Waiting
+from nemo_spin.generation.rows import Row
+from nemo_spin.generation.schedule import Schedule, Waiting
 
 MUCH = 10**9
 
