@@ -1,9 +1,9 @@
-"""Decoding with pipeline stages beside decoding with as many replicas, in the same processes of one thread each.
+"""Decoding with pipeline stages, one thread each, beside decoding without stages on the same cores.
 
     python benchmarks/pipeline_decode.py [--json] [--stages 2] [--rounds 5] [--slots 32] [--requests 192]
 
-Replicas share nothing and wait for nobody: their tokens per second are what these cores can do. The two layouts take
-turns in the same processes, because other work on the machine slows both.
+Without stages there are two ways to use the cores: one process with as many threads, and as many replicas, which share
+nothing and wait for nobody. The three take turns in the same processes, because other work on the machine slows all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def measure(
     """Medians over the rounds. slots: rows of a pass. requests: for all processes together. lengths: of the responses,
     repeated.
 
-    Returns replicas and pipeline (tokens per second of all processes), ratio (of the second to the first).
+    Returns one_process, replicas and pipeline (tokens per second of all processes), and the ratios of the last of them
+    to the others: to_one_process, to_replicas.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory, context.Pool(stages) as pool:
@@ -51,35 +52,50 @@ def measure(
         seconds = pool.starmap(_process, [(rank, *arguments) for rank in range(stages)], chunksize=1)[0]
     tokens = sum(lengths[i % len(lengths)] for i in range(requests))
     return {
-        "replicas": statistics.median(tokens / replicas for replicas, _ in seconds),
-        "pipeline": statistics.median(tokens / pipeline for _, pipeline in seconds),
-        "ratio": statistics.median(replicas / pipeline for replicas, pipeline in seconds),
+        "one_process": statistics.median(tokens / one for one, _, _ in seconds),
+        "replicas": statistics.median(tokens / replicas for _, replicas, _ in seconds),
+        "pipeline": statistics.median(tokens / pipeline for _, _, pipeline in seconds),
+        "to_one_process": statistics.median(one / pipeline for one, _, pipeline in seconds),
+        "to_replicas": statistics.median(replicas / pipeline for _, replicas, pipeline in seconds),
     }
 
 
 def _process(
     rank: int, stages: int, rounds: int, slots: int, requests: int, lengths: tuple[int, ...], store: str
-) -> list[tuple[float, float]]:
+) -> list[tuple[float, float, float]]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=stages)
     work = [
         GenerationRequest(i, workload.random_ids(workload.PROMPT_TOKENS, i), lengths[i % len(lengths)])
         for i in range(requests)
     ]
-    _seconds(1, slots, work[: 2 * stages]), _seconds(stages, slots, work[: 2 * stages])
-    return [(_seconds(1, slots, work), _seconds(stages, slots, work)) for _ in range(rounds)]
+
+    def of_each(work: list[GenerationRequest]) -> tuple[float, float, float]:
+        return _seconds(1, slots, work, alone=True), _seconds(1, slots, work), _seconds(stages, slots, work)
+
+    of_each(work[: 2 * stages])
+    return [of_each(work) for _ in range(rounds)]
 
 
-def _seconds(stages: int, slots: int, work: list[GenerationRequest]) -> float:
-    """Until the last process is done, with so many pipeline stages and as many replicas as there are processes left."""
+def _seconds(stages: int, slots: int, work: list[GenerationRequest], alone: bool = False) -> float:
+    """Until the last process is done, with so many pipeline stages and as many replicas as there are processes left.
+
+    alone: the first process does all of it, with a thread for each process.
+    """
     setup.initialize(1, stages, seed=1)
     torch.manual_seed(0)
     generator = workload.generator(build_gpt(workload.llama(), "32"), slots)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    if alone:
+        own = work if replica == 0 else []
+        torch.set_num_threads(replicas)
+    else:
+        own = work[replica::replicas]
     dist.barrier()
     begin = time.perf_counter()
-    generator.generate(work[replica::replicas], iteration=0)
+    generator.generate(own, iteration=0)
     dist.barrier()
+    torch.set_num_threads(1)
     return time.perf_counter() - begin
 
 
@@ -98,8 +114,9 @@ def main() -> None:
             print(json.dumps({"lengths": name, **options, **found}), flush=True)
         else:
             print(
-                f"{name} lengths: {found['pipeline']:,.0f} tokens/s in {arguments.stages} stages, "
-                f"{found['replicas']:,.0f} in replicas: {found['ratio']:.2f}",
+                f"{name} lengths: {found['pipeline']:,.0f} tokens/s in {arguments.stages} stages; "
+                f"{found['one_process']:,.0f} in one process: {found['to_one_process']:.2f}; "
+                f"{found['replicas']:,.0f} in replicas: {found['to_replicas']:.2f}",
                 flush=True,
             )
 

@@ -114,16 +114,17 @@ def points(everything: list[Found]) -> list[Point]:
 
 
 def pipeline_decoding() -> list[str]:
-    """Decoding in two stages beside two replicas, which wait for nobody: what a core makes."""
+    """Decoding in two stages beside decoding without stages on the same cores."""
     command = [sys.executable, str(HERE / "pipeline_decode.py"), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     lines = []
     for found in map(json.loads, done.stdout.splitlines()):
-        verdict = "met" if found["ratio"] >= BAR_OF_STAGES else "MISSED"
-        lines.append(
-            f"Decoding in {found['stages']} stages, {found['lengths']} lengths: {found['ratio']:.2f} of the tokens per "
-            f"second that replicas make on the same cores, >= {BAR_OF_STAGES} {verdict}"
-        )
+        for other, ratio in (("one process makes", "to_one_process"), ("replicas make", "to_replicas")):
+            verdict = "met" if found[ratio] >= BAR_OF_STAGES else "MISSED"
+            lines.append(
+                f"Decoding in {found['stages']} stages, {found['lengths']} lengths: {found[ratio]:.2f} of the tokens "
+                f"per second that {other} on the same cores, >= {BAR_OF_STAGES} {verdict}"
+            )
     return lines
 
 

@@ -148,6 +148,7 @@ FIELDS: dict[type, dict[str, Test]] = {
     schema.SpinConfig: {
         "micro_batch_size": _whole(1),
         "micro_batch_tokens": _none_or(_whole(1)),
+        "packed_sequence": _none_or(_flag),
         "global_batch_size": _whole(1),
         "encoder_seq_length": _none_or(_whole(2)),
         "seed": _whole(0),
