@@ -44,12 +44,12 @@ BARS_OF_GENERATION = {True: 1.0, False: 2.5}
 class Comparison:
     """Asks both sides. directory: gets the data of the workloads, and the logs."""
 
-    def __init__(self, folder: Path, python: Path, model: Path, directory: Path, threads: int) -> None:
+    def __init__(self, python: Path, model: Path, directory: Path, threads: int) -> None:
         self._commands = {
             "ours": [sys.executable, str(HERE / "ours.py"), str(model), str(threads)],
             "theirs": [str(python), str(HERE / "theirs.py"), str(model), str(threads)],
         }
-        self._folder, self._directory, self._threads = folder, directory, threads
+        self._directory, self._threads = directory, threads
         self._ours: Worker | None = None
         self._theirs: Worker | None = None
 
@@ -225,7 +225,8 @@ def main() -> None:
     options = parse()
     started = time.monotonic()
     folder = options.folder.resolve()
-    python = environment.interpreter(folder, options.pip_args.split())
+    # In a directory of its own, because it is removed when it is made anew.
+    python = environment.interpreter(folder / "environment", options.pip_args.split())
     model = starting_model(folder, options.threads)
     rounds = options.rounds or (1 if options.quick else 3)
     software = {name: version(name) for name in ("torch", "megatron-core", "transformers")}
@@ -235,7 +236,7 @@ def main() -> None:
     print(f"{options.threads} threads, {rounds} rounds, load average {load:.1f} before the start\n", flush=True)
     lines = []
     with tempfile.TemporaryDirectory(prefix="peers_") as scratch:
-        comparison = Comparison(folder, python, model, Path(scratch), options.threads)
+        comparison = Comparison(python, model, Path(scratch), options.threads)
         for line in measure(comparison, rounds, options.quick):
             lines.append(line)
             print("  ".join(filter(None, line.cells())), file=sys.stderr, flush=True)
