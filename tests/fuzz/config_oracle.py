@@ -87,6 +87,7 @@ FIELDS: dict[type, dict[str, Test]] = {
         "ref_policy_kl_penalty": _tuple(_above_0, 1),
         "rollout_batch_size": _none_or(_whole(1)),
         "kv_cache_gib": _none_or(_above_0),
+        "generation_engine": _one_of("auto", "nemo_spin", "megatron"),
         "rollout_window": _none_or(_whole(1)),
         "log_prob_forward_micro_batch_size": _whole(1),
         "reset_optimizer": _flag,
