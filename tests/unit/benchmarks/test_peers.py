@@ -103,7 +103,7 @@ def test_the_sides_have_to_agree(tmp_path):
             answers["rejected"][3] += self.shift
             return answers
 
-    comparison = compare.Comparison(tmp_path, tmp_path, tmp_path, tmp_path, 1)
+    comparison = compare.Comparison(tmp_path, tmp_path, tmp_path, 1)
     comparison.check(Side(0.0), Side(1e-4))
     with pytest.raises(SystemExit, match="The sides differ: a rejected answer"):
         comparison.check(Side(0.0), Side(1.0))
