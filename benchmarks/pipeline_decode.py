@@ -19,7 +19,6 @@ from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import nemo_spin.quiet  # noqa: F401, I001
 

@@ -49,7 +49,7 @@ def run(size: str, layout: Layout, layer_seconds: list[float], scratch: Path) ->
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={layout.processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(HERE / "scaling_worker.py"), str(told)], env=environment, capture_output=True, text=True
     )

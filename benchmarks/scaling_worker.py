@@ -6,15 +6,9 @@ scaling_worker.py FILE, which holds {"size": ..., "tp": ..., "pp": ..., "layer_s
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-
-# Threads that wait for others would spin, and keep those of other processes from running.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import nemo_spin.quiet  # noqa: F401, I001
 
 import machine
 import torch
@@ -22,6 +16,7 @@ import workload
 from cost_model import Batch, Layout, Shape, decode_step, training_step
 from megatron.core import parallel_state
 
+import nemo_spin.quiet  # noqa: F401
 from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.config import OptimConfig, SchedConfig
 from nemo_spin.generation.interface import GenerationRequest

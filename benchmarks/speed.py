@@ -22,9 +22,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Threads that wait for others would spin, and so keep them from running where the machine has other work: figures were
-# seen to fall to a tenth.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import nemo_spin.quiet  # noqa: F401, I001
 

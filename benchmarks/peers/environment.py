@@ -44,8 +44,6 @@ def variables(inherited: Mapping[str, str], threads: int, scratch: Path, steady_
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        # Threads that wait for others would spin, in the process that waits for its turn too.
-        "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HOME": str(scratch / "huggingface"),
         "HF_HUB_OFFLINE": "1",

@@ -23,13 +23,13 @@ from nemo_spin.generation.cache import CacheShape, CachesInUse, caching
 from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.mode import generating
-from nemo_spin.generation.rotary import RotaryAngles
 from nemo_spin.generation.row_group import RowGroup, to_device
 from nemo_spin.generation.rows import Row, Rules, finished_responses, response_of
 from nemo_spin.generation.sampling import Sampler, SeenTokens
 from nemo_spin.generation.schedule import MOST_SLOTS, Schedule, Waiting, groups_wanted
 from nemo_spin.generation.stages import Stage
 from nemo_spin.generation.vocabulary import VocabularyShard
+from nemo_spin.megatron.rotary import RotaryAngles
 from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nemo_spin.megatron.layers import CausalAttention, Norm, PackedRows
 from nemo_spin.megatron.logprobs import target_logps
+from nemo_spin.megatron.rotary import RotaryAngles
 from nemo_spin.megatron.setup import device
 from nemo_spin.packing import ModelInput, Targets
 
@@ -56,7 +57,7 @@ class GPT(GPTModel):
         if result[1] is None or not isinstance(kwargs.get("packed_seq_params"), PackedRows):
             return result
         # One rotary angle per position becomes one per token, [T, 1, 1, d].
-        return result[0], result[1].index_select(0, kwargs["position_ids"][0]), *result[2:]
+        return result[0], RotaryAngles.of(result[1].index_select(0, kwargs["position_ids"][0])), *result[2:]
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> Tensor:
         if not self.post_process or not isinstance(labels, Labels):

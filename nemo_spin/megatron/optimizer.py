@@ -13,11 +13,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
+from torch.nn.utils import clip_grads_with_norm_
 
 from nemo_spin.megatron.agreement import everywhere
 from nemo_spin.megatron.finite import are_finite
@@ -154,10 +154,10 @@ class Optimizer:
                     yield p.grad
 
     def _clip(self, grad_norm: float | torch.Tensor) -> None:
+        # torch scales in place; megatron-core's own, without Apex, makes every gradient anew and copies it back.
         for part in self._parts():
-            parameters = part.get_parameters()
-            if parameters and part.config.clip_grad > 0.0:
-                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+            if 0.0 < part.config.clip_grad < grad_norm:
+                clip_grads_with_norm_(part.get_parameters(), part.config.clip_grad, torch.as_tensor(grad_norm))
 
     def reload_weights(self) -> None:
         """Take the model's present weights as the ones to update, after they were written to from outside."""
