@@ -10,13 +10,16 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+# isort: split
+import nemo_spin.quiet  # noqa: F401
+
+# isort: split
 import machine
 import torch
 import workload
 from cost_model import Batch, Layout, Shape, decode_step, training_step
 from megatron.core import parallel_state
 
-import nemo_spin.quiet  # noqa: F401
 from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.config import OptimConfig, SchedConfig
 from nemo_spin.generation.interface import GenerationRequest
