@@ -20,10 +20,11 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from cost_model import Shape
+from llama import llama
 from torch import Tensor
 
-from nemo_spin.checkpoint.architecture import Architecture, transformer_fields
+from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.checkpoint.contradictions import expected_tensors
 from nemo_spin.checkpoint.weight_store import Region, StoredTensor
 
@@ -47,31 +48,9 @@ class RandomStore:
         return found if len(shape) > 1 else found[:, 0]
 
 
-def llama(layers: int, hidden_size: int) -> Architecture:
-    return Architecture(
-        transformer=transformer_fields(
-            num_layers=layers,
-            hidden_size=hidden_size,
-            num_attention_heads=hidden_size // 64,
-            num_query_groups=hidden_size // 256,
-            ffn_hidden_size=4 * hidden_size,
-            kv_channels=64,
-            normalization="RMSNorm",
-            layernorm_epsilon=1e-5,
-            layernorm_zero_centered_gamma=False,
-            activation_func=F.silu,
-            gated_linear_unit=True,
-            add_bias_linear=False,
-            add_qkv_bias=False,
-            qk_layernorm=False,
-            rotary_interleaved=False,
-            softmax_scale=None,
-        ),
-        vocab_rows=32000,
-        vocab_size=32000,
-        max_sequence_length=4096,
-        position_embedding_type="rope",
-    )
+def of_size(layers: int, hidden_size: int) -> Architecture:
+    heads, groups = hidden_size // 64, hidden_size // 256
+    return llama(Shape(layers, hidden_size, heads, groups, 64, 4 * hidden_size, vocab=32000), 4096)
 
 
 def own_memory() -> int:
@@ -109,7 +88,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--directory", help="where the checkpoints are written (default: a temporary directory)")
     args = parser.parse_args()
-    architecture = llama(args.layers, args.hidden_size)
+    architecture = of_size(args.layers, args.hidden_size)
     store = RandomStore(architecture)
     size = sum(tensor.numel * tensor.dtype.itemsize for tensor in store.tensors.values()) / 2**30
     print(f"a model of {size:.2f} GiB")

@@ -57,7 +57,7 @@ def main() -> None:
     for slots in arguments.slots:
         for shape, pattern in (("equal", EQUAL), ("skewed", SKEWED)):
             requests = requests_of(arguments.requests, pattern)
-            fixed = (workload.VOCAB_SIZE, workload.llama().max_sequence_length, SAMPLING, 0, frozenset(), 1, slots, 0)
+            fixed = (workload.VOCAB_SIZE, workload.CONTEXT, SAMPLING, 0, frozenset(), 1, slots, 0)
             ours, megatrons = (make_engine(name, gpt, *fixed) for name in (OWN, MEGATRON))
             if seconds(ours, requests)[2] != seconds(megatrons, requests)[2]:
                 raise SystemExit("The two engines make different responses.")

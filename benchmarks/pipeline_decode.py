@@ -83,7 +83,7 @@ def _seconds(stages: int, slots: int, work: list[GenerationRequest], alone: bool
     """
     setup.initialize(1, stages, seed=1)
     torch.manual_seed(0)
-    generator = workload.generator(build_gpt(workload.llama(), "32"), slots)
+    generator = workload.generator(build_gpt(workload.architecture(), "32"), slots)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     if alone:
         own = work if replica == 0 else []

@@ -12,12 +12,11 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch.nn.functional as F
 from cost_model import Iteration, IterationCost, Layout, Link, Machine, Shape, iteration
+from llama import llama
 from omegaconf import OmegaConf
 
 import nemo_spin.quiet  # noqa: F401
-from nemo_spin.checkpoint.architecture import Architecture, transformer_fields
 from nemo_spin.config import SpinConfig, config_dir, parse_config, register_resolvers
 from nemo_spin.memory import MemoryEstimate, estimate
 
@@ -40,33 +39,6 @@ class Model:
     name: str
     shape: Shape
     gpus: int
-
-    def architecture(self) -> Architecture:
-        shape = self.shape
-        return Architecture(
-            transformer=transformer_fields(
-                num_layers=shape.layers,
-                hidden_size=shape.hidden,
-                num_attention_heads=shape.heads,
-                num_query_groups=shape.groups,
-                ffn_hidden_size=shape.ffn,
-                kv_channels=shape.head_dim,
-                normalization="RMSNorm",
-                layernorm_epsilon=1e-5,
-                layernorm_zero_centered_gamma=False,
-                activation_func=F.silu,
-                gated_linear_unit=True,
-                add_bias_linear=False,
-                add_qkv_bias=False,
-                qk_layernorm=False,
-                rotary_interleaved=False,
-                softmax_scale=None,
-            ),
-            vocab_rows=shape.vocab,
-            vocab_size=shape.vocab,
-            max_sequence_length=8192,
-            position_embedding_type="rope",
-        )
 
 
 MODELS = (
@@ -139,7 +111,7 @@ def _project(model: Model, layout: Layout, micro_batch_tokens: int, work: Iterat
     own = replace(work, rows=ROWS * layout.pp, micro_batch_tokens=micro_batch_tokens)
     for recompute in (False, True):
         cfg = configuration(layout, micro_batch_tokens, recompute, longest)
-        memory = estimate(model.architecture(), cfg, longest, longest, work.pairs)
+        memory = estimate(llama(model.shape, 8192), cfg, longest, longest, work.pairs)
         # TransformerEngine's attention computes a pair's prompt twice.
         cost = iteration(model.shape, layout, machine(layout), own, recompute, shared_prompt=False)
         projection = Projection(layout, micro_batch_tokens, recompute, memory, cost)

@@ -18,9 +18,9 @@ import machine
 import torch
 import workload
 from cost_model import Batch, Layout, Shape, decode_step, training_step
+from llama import llama
 from megatron.core import parallel_state
 
-from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.config import OptimConfig, SchedConfig
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup, steps
@@ -41,15 +41,6 @@ MICRO_BATCH = 4
 ROWS = 32
 
 
-def architecture(size: str) -> Architecture:
-    layers, hidden, heads, groups, ffn = SIZES[size]
-    base = workload.llama()
-    fields = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "num_query_groups": groups}
-    return replace(
-        base, transformer=base.transformer | fields | {"ffn_hidden_size": ffn, "kv_channels": hidden // heads}
-    )
-
-
 def shape(size: str) -> Shape:
     layers, hidden, heads, groups, ffn = SIZES[size]
     return Shape(layers, hidden, heads, groups, hidden // heads, ffn, workload.VOCAB_SIZE)
@@ -67,7 +58,7 @@ class Measured:
     """Seconds of a training step and of a decode step of this layout, by the clock."""
 
     def __init__(self, size: str, precision: str) -> None:
-        self.gpt = build_gpt(architecture(size), precision)
+        self.gpt = build_gpt(llama(shape(size), workload.CONTEXT), precision)
         sched = SchedConfig(name="Constant", warmup_steps=0, constant_steps=0, min_lr=workload.LEARNING_RATE)
         optim = OptimConfig("distributed_fused_adam", (workload.LEARNING_RATE,), 0.1, (0.9, 0.98), 1e-8, sched)
         self.optimizer = Optimizer(self.gpt, optim, workload.CLIP)
@@ -121,7 +112,7 @@ def main() -> None:
         sizes = (int(batch.tokens), model.hidden, model.ffn // layout.tp)
         constants = machine.measure(*sizes, held, device, DTYPES[precision], for_training)
         train = training_step(model, layout, constants, batch, sharded=True)
-        length = workload.PROMPT_TOKENS + workload.RESPONSE_TOKENS / 2
+        length = workload.CONTEXT / 2
         constants_of_rows = replace(constants, layer_seconds=for_decoding)
         decode = decode_step(model, layout, constants_of_rows, ROWS // layout.dp, length)
         found |= {"machine": asdict(constants), "predicted_train": asdict(train), "predicted_decode": asdict(decode)}

@@ -165,7 +165,7 @@ def lines(threads: int, rounds: int) -> Iterator[Line]:
     torch.manual_seed(0)
     setup.initialize(1, 1, seed=1)
     gpt, optimizer = workload.policy(steps=1000)
-    llama = workload.in_transformers(workload.llama(), gpt)
+    llama = workload.in_transformers(workload.architecture(), gpt)
     yield training(optimizer, llama, rounds)
     yield self_play(optimizer, rounds)
     setup.shutdown()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from cost_model import Shape
+from llama import llama
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nemo_spin.checkpoint.architecture import Architecture, transformer_fields
+from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.config import OptimConfig, SamplingParams, SchedConfig
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron.gpt import build_gpt
@@ -18,40 +19,19 @@ from nemo_spin.pairs import Example, Pair
 from nemo_spin.rollouts import Rollout
 
 VOCAB_SIZE = 4096
+SHAPE = Shape(layers=8, hidden=256, heads=8, groups=4, head_dim=32, ffn=704, vocab=VOCAB_SIZE)
 PAD_ID = 0
 PROMPT_TOKENS = 96
 RESPONSE_TOKENS = 96
+CONTEXT = PROMPT_TOKENS + RESPONSE_TOKENS
 SEQUENCES = 8
 """Sequences in a training step, all in one micro-batch: half as many pairs."""
 
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-4, 0.1, (0.9, 0.98), 1e-8, 1.0
 
 
-def llama() -> Architecture:
-    return Architecture(
-        transformer=transformer_fields(
-            num_layers=8,
-            hidden_size=256,
-            num_attention_heads=8,
-            num_query_groups=4,
-            ffn_hidden_size=704,
-            kv_channels=None,
-            normalization="RMSNorm",
-            layernorm_epsilon=1e-5,
-            layernorm_zero_centered_gamma=False,
-            activation_func=F.silu,
-            gated_linear_unit=True,
-            add_bias_linear=False,
-            add_qkv_bias=False,
-            qk_layernorm=False,
-            rotary_interleaved=False,
-            softmax_scale=None,
-        ),
-        vocab_rows=VOCAB_SIZE,
-        vocab_size=VOCAB_SIZE,
-        max_sequence_length=PROMPT_TOKENS + RESPONSE_TOKENS,
-        position_embedding_type="rope",
-    )
+def architecture() -> Architecture:
+    return llama(SHAPE, CONTEXT)
 
 
 def in_transformers(architecture: Architecture, gpt: GPTModel) -> LlamaForCausalLM:
@@ -114,7 +94,7 @@ _LAYER = (
 
 def policy(steps: int) -> tuple[GPTModel, Optimizer]:
     """Our model, and the optimizer of a run of so many steps. The process groups have to exist."""
-    gpt = build_gpt(llama(), "32")
+    gpt = build_gpt(architecture(), "32")
     sched = SchedConfig(name="Constant", warmup_steps=0, constant_steps=0, min_lr=LEARNING_RATE)
     optim = OptimConfig("adamw", (LEARNING_RATE,), WEIGHT_DECAY, BETAS, EPS, sched)
     optimizer = Optimizer(gpt, optim, CLIP)
@@ -127,7 +107,7 @@ def generator(gpt: GPTModel, slots: int) -> Generator:
     sampling = SamplingParams(
         use_greedy=False, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, end_strings=()
     )
-    return Generator(gpt, VOCAB_SIZE, llama().max_sequence_length, sampling, 0, frozenset(), 1, slots, PAD_ID)
+    return Generator(gpt, VOCAB_SIZE, CONTEXT, sampling, 0, frozenset(), 1, slots, PAD_ID)
 
 
 def batching(micro_batch_size: int) -> Batching:

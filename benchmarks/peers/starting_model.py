@@ -8,7 +8,6 @@ export, with a tokenizer whose words are the ids.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ import nemo_spin.quiet  # noqa: F401, I001
 import torch
 import workload as base
 import workloads
+from llama import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +65,7 @@ def make(directory: Path) -> None:
     """Write it; it appears when it is complete."""
     setup.initialize(1, 1, seed=1)
     torch.manual_seed(1)
-    architecture = dataclasses.replace(base.llama(), max_sequence_length=workloads.CONTEXT)
+    architecture = llama(base.SHAPE, workloads.CONTEXT)
     gpt = build_gpt(architecture, "32")
     sched = SchedConfig("CosineAnnealing", warmup_steps=10, constant_steps=0, min_lr=0.0)
     optimizer = Optimizer(gpt, OptimConfig("adamw", (LEARNING_RATE,), 0.0, base.BETAS, base.EPS, sched), base.CLIP)
