@@ -9,6 +9,7 @@ from nemo_spin.checkpoint.architecture import Architecture, transformer_fields
 
 
 def llama(shape: Shape, max_sequence_length: int) -> Architecture:
+    """max_sequence_length: tokens. The vocabulary is not padded."""
     return Architecture(
         transformer=transformer_fields(
             num_layers=shape.layers,

@@ -112,7 +112,7 @@ def main() -> None:
         sizes = (int(batch.tokens), model.hidden, model.ffn // layout.tp)
         constants = machine.measure(*sizes, held, device, DTYPES[precision], for_training)
         train = training_step(model, layout, constants, batch, sharded=True)
-        length = workload.CONTEXT / 2
+        length = workload.PROMPT_TOKENS + workload.RESPONSE_TOKENS / 2
         constants_of_rows = replace(constants, layer_seconds=for_decoding)
         decode = decode_step(model, layout, constants_of_rows, ROWS // layout.dp, length)
         found |= {"machine": asdict(constants), "predicted_train": asdict(train), "predicted_decode": asdict(decode)}
