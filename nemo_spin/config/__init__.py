@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from nemo_spin.config.files import config_dir
 from nemo_spin.config.overrides import addable_overrides, check_overrides, with_shipped_configurations
-from nemo_spin.config.parse import LOGGERS, parse_config, parse_sampling, register_resolvers, resolved, with_defaults
+from nemo_spin.config.parse import LOGGERS, parse_config, register_resolvers, resolved, with_defaults
+from nemo_spin.config.parse_algorithm import parse_sampling
 from nemo_spin.config.review import notices
 from nemo_spin.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
     DatasetConfig,
+    EquilibriumConfig,
     GuardsConfig,
     LengthParams,
     LoopConfig,
+    LossConfig,
     OptimConfig,
     ParallelConfig,
     RecomputeConfig,
@@ -33,9 +36,11 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "DatasetConfig",
+    "EquilibriumConfig",
     "GuardsConfig",
     "LengthParams",
     "LoopConfig",
+    "LossConfig",
     "OptimConfig",
     "ParallelConfig",
     "RecomputeConfig",

@@ -28,8 +28,9 @@ KEYS: dict[str, frozenset[str]] = {
         "trainer": "num_nodes devices accelerator precision spin",
         "trainer.spin": (
             "max_iterations max_epochs max_steps val_check_interval save_interval limit_train_batches "
-            "limit_val_batches gradient_clip_val log_samples max_skipped_steps hang_timeout"
+            "limit_val_batches gradient_clip_val log_samples max_skipped_steps hang_timeout stop_at_equilibrium"
         ),
+        "trainer.spin.stop_at_equilibrium": "accuracy logps_gap exact_match token_overlap",
         "exp_manager": (
             "explicit_log_dir exp_dir name create_tensorboard_logger "
             "summary_writer_kwargs create_wandb_logger wandb_logger_kwargs create_mlflow_logger "
@@ -38,7 +39,7 @@ KEYS: dict[str, frozenset[str]] = {
             "checkpoint_callback_params"
         ),
         "exp_manager.checkpoint_callback_params": (
-            "monitor mode save_top_k async_save save_nemo_on_train_end save_nemo2_on_train_end "
+            "monitor mode save_top_k async_save save_best_model save_nemo_on_train_end save_nemo2_on_train_end "
             "save_megatron_on_train_end save_hf_on_train_end"
         ),
         "pretrained_checkpoint": "restore_from_path",
@@ -50,6 +51,8 @@ KEYS: dict[str, frozenset[str]] = {
         "model.spin": (
             "ref_policy_kl_penalty rollout_batch_size kv_cache_gib rollout_window log_prob_forward_micro_batch_size "
             "reset_optimizer_each_iteration held_out_rollouts first_rollouts_from_data generation_engine "
+            "num_generations rejected_selection replay_iterations replay_weights refresh_reference "
+            "loss_type label_smoothing sft_loss_weight preference_average_log_probs "
             "sampling_params length_params guards"
         ),
         "model.spin.guards": "empty repeated cut_off entropy falling_chosen",
@@ -57,7 +60,7 @@ KEYS: dict[str, frozenset[str]] = {
             "use_greedy temperature top_k top_p repetition_penalty end_strings add_BOS all_probs compute_logprob"
         ),
         "model.spin.length_params": "max_length min_length",
-        "model.optim": "name lr weight_decay betas eps sched",
+        "model.optim": "name lr weight_decay betas alpha eps sched",
         "model.optim.sched": "name warmup_steps constant_steps min_lr",
         "model.data": "train_ds validation_ds cache_dir chat_prompt_tokens",
         "model.data.chat_prompt_tokens": "system_turn_start turn_start label_start end_of_turn end_of_name",

@@ -13,19 +13,18 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_spin.config.keys import check_keys
+from nemo_spin.config.parse_algorithm import parse_algorithm
 from nemo_spin.config.parse_data import parse_dataset, parse_tokenizer, parse_validation
 from nemo_spin.config.plain import check_plain
 from nemo_spin.config.schema import (
     MAX_ITERATIONS,
     AlgorithmConfig,
     CheckpointConfig,
-    GuardsConfig,
-    LengthParams,
+    EquilibriumConfig,
     LoopConfig,
     OptimConfig,
     ParallelConfig,
     RecomputeConfig,
-    SamplingParams,
     SchedConfig,
     SpinConfig,
 )
@@ -37,7 +36,7 @@ _PRECISIONS = {
     **dict.fromkeys(("32", "32-true", "fp32"), "32"),
     **dict.fromkeys(("bf16", "bf16-mixed"), "bf16"),
 }
-_OPTIMIZERS = ("adam", "adamw", "fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+_OPTIMIZERS = ("adam", "adamw", "fused_adam", "distributed_fused_adam", "mcore_distributed_optim", "rmsprop")
 # metric of a validation -> what is best
 _MONITORS = {"val_loss": "min", "val/loss": "min", "val/rewards/margins": "max", "val/rewards/accuracies": "max"}
 # the loggers of exp_manager that are offered, each with a switch create_*_logger
@@ -88,7 +87,8 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
     experiment = root.section("exp_manager")
     _check_experiment(experiment)
     data = model.section("data")
-    spin = _algorithm(model.section("spin"), loop.max_iterations, global_batch_size)
+    spin = parse_algorithm(model.section("spin"), loop.max_iterations, global_batch_size)
+    _check_equilibrium(loop.stop_at_equilibrium, spin)
     if spin.held_out_rollouts and data.section("validation_ds").get("file_path") is None:
         raise ConfigError(
             f"model.spin.held_out_rollouts = {spin.held_out_rollouts}, but model.data.validation_ds.file_path is null: "
@@ -114,6 +114,20 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
         recompute=_recompute(model),
         checkpoint=_checkpoint(experiment.section("checkpoint_callback_params"), spin.held_out_rollouts > 0),
     )
+
+
+def _check_equilibrium(limits: EquilibriumConfig, spin: AlgorithmConfig) -> None:
+    if not limits.is_asked_for:
+        return
+    key = "trainer.spin.stop_at_equilibrium"
+    if not spin.held_out_rollouts:
+        raise ConfigError(f"{key} needs held-out responses: set model.spin.held_out_rollouts above 0.", key)
+    if not spin.refresh_reference:
+        raise ConfigError(
+            f"{key} contradicts model.spin.refresh_reference = false, whose reference does not move towards the data: "
+            "set all of its limits to null, or refresh_reference to true.",
+            key,
+        )
 
 
 def with_defaults(cfg: Mapping[str, Any]) -> DictConfig:
@@ -177,6 +191,7 @@ def _checkpoint(section: Section, has_held_out_rollouts: bool) -> CheckpointConf
         mode=section.choice("mode", ("min", "max"), _MONITORS[monitor]),
         save_top_k=section.integer("save_top_k", 0, minimum=-1),
         async_save=section.flag("async_save", True),
+        save_best_model=section.flag("save_best_model", False),
         save_nemo_on_train_end=section.flag("save_nemo_on_train_end", True),
         save_nemo2_on_train_end=section.flag("save_nemo2_on_train_end", False),
         save_megatron_on_train_end=section.flag("save_megatron_on_train_end", False),
@@ -200,9 +215,10 @@ def _loop(spin: Section, experiment: Section) -> LoopConfig:
     max_steps = spin.integer("max_steps", -1, minimum=-1)
     if max_steps == 0:
         raise spin.error("max_steps", "use -1 for no limit, or at least 1")
+    max_iterations = spin.integer("max_iterations", 3, minimum=1, maximum=MAX_ITERATIONS)
     return LoopConfig(
-        max_iterations=spin.integer("max_iterations", 3, minimum=1, maximum=MAX_ITERATIONS),
-        max_epochs=spin.integer("max_epochs", 1, minimum=1),
+        max_iterations=max_iterations,
+        max_epochs=spin.whole_per_iteration("max_epochs", 1, max_iterations),
         max_steps=max_steps,
         val_check_interval=spin.count_or_fraction("val_check_interval", 0, of="steps"),
         save_interval=spin.integer("save_interval", 0, minimum=-1),
@@ -213,6 +229,16 @@ def _loop(spin: Section, experiment: Section) -> LoopConfig:
         log_samples=spin.integer("log_samples", 3, minimum=0),
         max_skipped_steps=spin.integer("max_skipped_steps", 3, minimum=0),
         hang_timeout=spin.number("hang_timeout", 1800.0, minimum=0.0),
+        stop_at_equilibrium=_equilibrium(spin.section("stop_at_equilibrium")),
+    )
+
+
+def _equilibrium(section: Section) -> EquilibriumConfig:
+    return EquilibriumConfig(
+        accuracy=section.optional_number("accuracy", minimum=0.5, maximum=1.0),
+        logps_gap=section.optional_number("logps_gap", above=0.0),
+        exact_match=section.optional_number("exact_match", above=0.0, maximum=1.0),
+        token_overlap=section.optional_number("token_overlap", above=0.0, maximum=1.0),
     )
 
 
@@ -244,65 +270,6 @@ def _precision(trainer: Section) -> str:
     return _PRECISIONS[str(value)]
 
 
-def _algorithm(spin: Section, max_iterations: int, global_batch_size: int) -> AlgorithmConfig:
-    window = spin.optional_integer("rollout_window", minimum=1)
-    if window is not None and window % global_batch_size:
-        raise spin.error("rollout_window", f"use null or a multiple of model.global_batch_size = {global_batch_size}")
-    return AlgorithmConfig(
-        ref_policy_kl_penalty=spin.per_iteration("ref_policy_kl_penalty", max_iterations),
-        rollout_batch_size=spin.optional_integer("rollout_batch_size", minimum=1),
-        kv_cache_gib=spin.optional_number("kv_cache_gib", above=0.0),
-        rollout_window=window,
-        log_prob_forward_micro_batch_size=spin.integer("log_prob_forward_micro_batch_size", 1, minimum=1),
-        reset_optimizer=spin.flag("reset_optimizer_each_iteration", True),
-        held_out_rollouts=spin.integer("held_out_rollouts", 0, minimum=0),
-        first_rollouts_from_data=spin.flag("first_rollouts_from_data", False),
-        generation_engine=spin.choice("generation_engine", ("auto", "nemo_spin", "megatron"), "auto"),
-        sampling_params=parse_sampling(spin.section("sampling_params")),
-        length_params=_lengths(spin.section("length_params")),
-        guards=_guards(spin.section("guards")),
-    )
-
-
-def _guards(section: Section) -> GuardsConfig:
-    shares = {"empty": 0.01, "repeated": 0.05, "cut_off": 0.1}
-    return GuardsConfig(
-        **{key: section.number_or_off(key, default, above=0.0, maximum=1.0) for key, default in shares.items()},
-        entropy=section.number_or_off("entropy", 0.05, above=0.0),
-        falling_chosen=section.number_or_off("falling_chosen", 0.5, above=0.0),
-    )
-
-
-def parse_sampling(section: Section) -> SamplingParams:
-    """`model.spin.sampling_params`. Raises ConfigError."""
-    for key in ("add_BOS", "all_probs", "compute_logprob"):
-        if section.flag(key, False):
-            raise section.error(key, "only false is supported: a response continues the prompt as the data has it")
-    sampling = SamplingParams(
-        use_greedy=section.flag("use_greedy", False),
-        temperature=section.number("temperature", 1.0, above=0.0),
-        top_k=section.integer("top_k", 0, minimum=0),
-        top_p=section.number("top_p", 1.0, above=0.0, maximum=1.0),
-        repetition_penalty=section.number("repetition_penalty", 1.0, above=0.0),
-        end_strings=section.strings("end_strings"),
-    )
-    if sampling.use_greedy:
-        for key, off in {"temperature": 1.0, "top_k": 0, "top_p": 1.0}.items():
-            if getattr(sampling, key) != off:
-                raise section.error(key, f"it contradicts use_greedy: true; set it to {off}, or use_greedy to false")
-    return sampling
-
-
-def _lengths(section: Section) -> LengthParams:
-    lengths = LengthParams(
-        max_length=section.optional_integer("max_length", minimum=0) or 0,
-        min_length=section.integer("min_length", 0, minimum=0),
-    )
-    if 0 < lengths.max_length < lengths.min_length:
-        raise section.error("min_length", f"it must not be above max_length = {lengths.max_length}")
-    return lengths
-
-
 def _optim(section: Section, max_iterations: int) -> OptimConfig:
     betas = section.numbers("betas", (0.9, 0.98))
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
@@ -312,10 +279,18 @@ def _optim(section: Section, max_iterations: int) -> OptimConfig:
     min_lr = sched.number("min_lr", 0.0, minimum=0.0)
     if min_lr > min(lr):
         raise sched.error("min_lr", f"it must not be above the learning rate model.optim.lr = {min(lr)}")
+    name = section.choice("name", _OPTIMIZERS, "distributed_fused_adam")
+    weight_decay = section.number("weight_decay", 0.0, minimum=0.0)
+    if name == "rmsprop" and weight_decay:
+        raise section.error("weight_decay", "torch's RMSProp would divide it by the gradient's size; set it to 0")
+    alpha = section.number("alpha", 0.99, minimum=0.0)
+    if alpha >= 1.0:
+        raise section.error("alpha", "use a number from 0 to below 1")
     return OptimConfig(
-        name=section.choice("name", _OPTIMIZERS, "distributed_fused_adam"),
+        name=name,
         lr=lr,
-        weight_decay=section.number("weight_decay", 0.0, minimum=0.0),
+        weight_decay=weight_decay,
+        alpha=alpha,
         betas=(betas[0], betas[1]),
         eps=section.number("eps", 1e-8, above=0.0),
         sched=SchedConfig(

@@ -11,11 +11,31 @@ MAX_ITERATIONS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
+class EquilibriumConfig:
+    """`trainer.spin.stop_at_equilibrium`: a run ends before an iteration in which every limit that is given is met.
+
+    accuracy: in [0.5, 1]; that of SPIN's margin on held-out rollouts, in the iteration before, is at most this.
+    logps_gap: nats per response token, above 0; the reference's mean log-probability of a token of its own responses
+        is at most so far from that of a human one.
+    exact_match, token_overlap: in (0, 1]; of held-out responses, generated beside human, at least this.
+    """
+
+    accuracy: float | None
+    logps_gap: float | None
+    exact_match: float | None
+    token_overlap: float | None
+
+    @property
+    def is_asked_for(self) -> bool:
+        return any(limit is not None for limit in (self.accuracy, self.logps_gap, self.exact_match, self.token_overlap))
+
+
+@dataclass(frozen=True, slots=True)
 class LoopConfig:
     """`trainer.spin`: how long the run is, and what happens when.
 
     max_iterations: rounds of self-play, 1 to `MAX_ITERATIONS`.
-    max_epochs: passes over the training data in each iteration, >= 1.
+    max_epochs: passes over the training data in each iteration, >= 1; as many numbers as there are iterations.
     max_steps: optimizer steps of the whole run, over all iterations; -1 for no limit.
     val_check_interval: optimizer steps (int) or fraction of an epoch (float in (0, 1]) between validations within an
         iteration; 0 for none but those at the run's start and each iteration's end.
@@ -31,7 +51,7 @@ class LoopConfig:
     """
 
     max_iterations: int
-    max_epochs: int
+    max_epochs: tuple[int, ...]
     max_steps: int
     val_check_interval: int | float
     save_interval: int
@@ -42,6 +62,7 @@ class LoopConfig:
     log_samples: int
     max_skipped_steps: int
     hang_timeout: float
+    stop_at_equilibrium: EquilibriumConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +114,37 @@ class GuardsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LossConfig:
+    """What of `model.spin` makes the loss of a pair; see `losses.spin_loss`.
+
+    loss_type: one of `LOSS_TYPES`, the l of the paper's equation 4.7.
+    label_smoothing: in [0, 0.5): how often a human response is taken for the generated one.
+    sft_loss_weight: >= 0, of the NLL of the human response, in nats per token, which is added.
+    preference_average_log_probs: a response counts with its mean log-probability per token.
+    """
+
+    loss_type: str
+    label_smoothing: float
+    sft_loss_weight: float
+    preference_average_log_probs: bool
+
+
+LOSS_TYPES = ("logistic", "hinge", "exponential", "correlation")
+REJECTED_SELECTIONS = ("all", "best", "worst")
+
+
+@dataclass(frozen=True, slots=True)
 class AlgorithmConfig:
     """`model.spin`: the algorithm.
 
     ref_policy_kl_penalty: beta of each iteration, > 0; as many as there are iterations.
+    temperature: of each iteration, > 0, in place of the one of `sampling_params`; as many as there are iterations.
+    num_generations: responses of the reference to each prompt, >= 1.
+    rejected_selection: one of `REJECTED_SELECTIONS`: which of them make pairs; "best" and "worst" by the reference's
+        log-probability.
+    replay_weights: passes over the pairs that were generated one iteration ago, two ago, ... in an epoch, each > 0; as
+        many as there are iterations whose pairs are trained on again.
+    refresh_reference: the policy becomes the reference after each iteration; else the reference stays the SFT model.
     rollout_batch_size: sequences in one decoding pass of a data-parallel rank; None for as many as the KV cache holds.
     kv_cache_gib: GiB of keys and values on each device, at most; None for most of the memory that is free.
     rollout_window: pairs whose responses are generated at a time, a multiple of global_batch_size; None for all of an
@@ -110,6 +158,12 @@ class AlgorithmConfig:
     """
 
     ref_policy_kl_penalty: tuple[float, ...]
+    temperature: tuple[float, ...]
+    num_generations: int
+    rejected_selection: str
+    replay_weights: tuple[float, ...]
+    refresh_reference: bool
+    loss: LossConfig
     rollout_batch_size: int | None
     kv_cache_gib: float | None
     rollout_window: int | None
@@ -121,6 +175,16 @@ class AlgorithmConfig:
     sampling_params: SamplingParams
     length_params: LengthParams
     guards: GuardsConfig
+
+    @property
+    def replay_iterations(self) -> int:
+        """Iterations before the present one whose pairs are trained on again, where there are so many."""
+        return len(self.replay_weights)
+
+    @property
+    def pairs_per_example(self) -> int:
+        """Pairs of an example in an epoch."""
+        return self.num_generations if self.rejected_selection == "all" else 1
 
     def samples_itself(self, iteration: int) -> bool:
         """Whether the responses of an iteration are draws from the reference, and not its best guess or given."""
@@ -178,11 +242,12 @@ class SchedConfig:
 
 @dataclass(frozen=True, slots=True)
 class OptimConfig:
-    """`model.optim`: Adam with decoupled weight decay, whatever its name.
+    """`model.optim`: Adam with decoupled weight decay, whatever its name, or RMSProp.
 
-    name: a name that begins with "distributed" (or mcore_distributed_optim) shards its state over data parallelism.
+    name: a name that begins with "distributed" (or mcore_distributed_optim) shards its state over data parallelism;
+        "rmsprop" is torch's, whose state is not sharded.
     lr: peak learning rate of each iteration, > 0; as many as there are iterations.
-    weight_decay: >= 0. betas: in [0, 1). eps: > 0.
+    weight_decay: >= 0, 0 for RMSProp. betas: of Adam, in [0, 1). alpha: RMSProp's decay rate, in [0, 1). eps: > 0.
     """
 
     name: str
@@ -191,6 +256,11 @@ class OptimConfig:
     betas: tuple[float, float]
     eps: float
     sched: SchedConfig
+    alpha: float = 0.99
+
+    @property
+    def is_rmsprop(self) -> bool:
+        return self.name == "rmsprop"
 
     @property
     def distributed(self) -> bool:
@@ -265,6 +335,7 @@ class CheckpointConfig:
     monitor, mode: metric by which checkpoints are best, and whether "min" or "max" of it is.
     save_top_k: so many of the best within iterations stay, beside the newest and each iteration's last; -1 for all.
     async_save: training goes on while checkpoints are written, from a copy in host memory.
+    save_best_model: what is written at the end are the weights of the best checkpoint by `monitor`, not the last ones.
     save_nemo_on_train_end, save_nemo2_on_train_end, save_megatron_on_train_end, save_hf_on_train_end: write the trained
         policy as a `.nemo`, a NeMo 2 directory, a Megatron torch_dist directory, a Hugging Face directory.
     """
@@ -273,6 +344,7 @@ class CheckpointConfig:
     mode: str
     save_top_k: int
     async_save: bool
+    save_best_model: bool
     save_nemo_on_train_end: bool
     save_nemo2_on_train_end: bool
     save_megatron_on_train_end: bool

@@ -89,19 +89,32 @@ class Section:
             raise self.error(key, "use a list of finite numbers")
         return tuple(map(float, value))
 
-    def per_iteration(self, key: str, max_iterations: int) -> tuple[float, ...]:
+    def per_iteration(self, key: str, max_iterations: int, default: Any = _REQUIRED) -> tuple[float, ...]:
         """A positive number for all iterations, or a list with one for each."""
-        value = self.get(key, _REQUIRED)
+        value = self.get(key, default)
         numbers = self.numbers(key, ()) if _is_list(value) else (value,) * max_iterations
         if not all(is_number(number) and number > 0 for number in numbers):
             raise self.error(key, "use finite numbers above 0")
+        self._check_length(key, numbers, max_iterations)
+        return tuple(map(float, numbers))
+
+    def _check_length(self, key: str, numbers: Sequence[float], max_iterations: int) -> None:
         if len(numbers) != max_iterations:
             raise self.error(
                 key,
                 f"it has {len(numbers)} values for trainer.spin.max_iterations = {max_iterations}; "
                 "give one number, or one per iteration",
             )
-        return tuple(map(float, numbers))
+
+    def whole_per_iteration(self, key: str, default: int, max_iterations: int) -> tuple[int, ...]:
+        """A whole number of at least 1 for all iterations, or a list with one for each."""
+        value = self.get(key, default)
+        if not _is_list(value):
+            return (self.integer(key, default, minimum=1),) * max_iterations
+        if not all(_is_integer(number) and number >= 1 for number in value):
+            raise self.error(key, "use whole numbers of at least 1")
+        self._check_length(key, value, max_iterations)
+        return tuple(value)
 
     def count_or_fraction(self, key: str, default: int | float, *, of: str, minimum: int = 0) -> int | float:
         """An int >= minimum or a float in (0, 1]; -1, NeMo's word for all, becomes 1.0 where that is the default."""

@@ -84,7 +84,7 @@ def test_the_documented_launch_means_what_it_meant() -> None:
     cfg = parse_config(composed(*LAUNCH))
     assert (cfg.parallel.world_size, cfg.parallel.data_parallel_size, cfg.parallel.accelerator) == (8, 8, "gpu")
     assert (cfg.micro_batch_size, cfg.global_batch_size, cfg.seed, cfg.precision) == (1, 64, 1234, "bf16")
-    assert (cfg.loop.max_iterations, cfg.loop.max_epochs, cfg.loop.max_steps) == (1, 1, -1)
+    assert (cfg.loop.max_iterations, cfg.loop.max_epochs, cfg.loop.max_steps) == (1, (1,), -1)
     assert (cfg.loop.val_check_interval, cfg.loop.save_interval, cfg.loop.gradient_clip_val) == (0.1, 100, 1.0)
     assert (cfg.loop.limit_train_batches, cfg.loop.limit_val_batches, cfg.loop.max_seconds) == (1.0, 1.0, None)
     assert cfg.spin.ref_policy_kl_penalty == (0.1,)

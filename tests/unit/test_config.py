@@ -158,7 +158,7 @@ def test_resolvers_and_plain_mappings() -> None:
         ({"model__data__train_ds__overlong": "cut"}, "overlong = 'cut': use one of refuse, drop"),
         ({"model__data__train_ds__prompt_template": "{input}"}, "model.data.train_ds: .*lacks {output}"),
         ({"model__data__train_ds__add_sep": True}, "add_sep = True: only false"),
-        ({"model__spin__sampling_params__temperature": 0}, "temperature = 0: use a finite number above 0"),
+        ({"model__spin__sampling_params__temperature": 0}, "temperature = 0: use finite numbers above 0"),
         ({"model__spin__sampling_params__top_p": 1.5}, "top_p = 1.5: use a finite number above 0 and at most 1"),
         ({"model__spin__sampling_params__end_strings": "x"}, "end_strings = 'x': use a list"),
         ({"model__spin__sampling_params__add_BOS": True}, "add_BOS = True: only false"),
