@@ -1,4 +1,5 @@
-"""The rollouts of the iteration under way: made chunk by chunk, kept as they come, found again by a run that goes on.
+"""The rollouts of one generation for the iteration under way: made chunk by chunk, kept as they come, found again by a
+run that goes on.
 
 What is finished is not made again, and what is made again comes out the same. Responses are functions of their index.
 Their log-probabilities are too, but for the last bits, which depend on the sequences that went through the model with
@@ -10,17 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_spin.config import SpinConfig
 from nemo_spin.faults import reached
 from nemo_spin.generation.schedule import MOST_SLOTS
-from nemo_spin.pairs import Example, Pair
+from nemo_spin.pairs import Example, Pair, Selection
 from nemo_spin.reporting import Reporter
 from nemo_spin.rollout_files.part import Origin
 from nemo_spin.rollout_store import RolloutStore, Sample
-from nemo_spin.rollouts import Rollout
+from nemo_spin.rollouts import Answer, Rollout
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel
@@ -38,6 +40,20 @@ class Prompts(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Responses that are there already, and only scored.
+
+    source, origin: say where they come from; rollouts of others are never taken for these. answers: to the example of
+    an index, as many as there are generations. directory: below that of the iteration, which has its own rollouts then.
+    """
+
+    source: str
+    answers: Callable[[int], list[Answer]]
+    directory: str = ""
+    origin: str = ""
+
+
 class IterationRollouts:
     """Makes and keeps the rollouts of one iteration at a time. Every process calls every method, in the same order."""
 
@@ -50,14 +66,19 @@ class IterationRollouts:
         reporter: Reporter,
         interrupted: Callable[[], bool] | None = None,
         held_out: bool = False,
+        num_generations: int = 1,
+        selection: Selection | None = None,
     ) -> None:
         """directory: gets a directory for each iteration. interrupted: see `Engine.generate`.
 
-        held_out: the data are those for validation, which may be others when a run is resumed.
+        held_out: the data are those for validation, which may be others when a run is resumed. num_generations,
+        selection: see `RolloutStore`.
         """
         self._model, self._dataset, self._directory, self._reporter = model, dataset, directory, reporter
         self._interrupted, self._held_out = interrupted, held_out
-        self._chunk = _CHUNK * (cfg.spin.rollout_batch_size or MOST_SLOTS) * cfg.parallel.data_parallel_size
+        self.num_generations, self.selection = num_generations, selection
+        slots = (cfg.spin.rollout_batch_size or MOST_SLOTS) * cfg.parallel.data_parallel_size
+        self._chunk = max(1, _CHUNK * slots // num_generations)
         self.unwritten: OSError | None = None
         self._checkpointed: Sequence[Path] = ()
 
@@ -65,26 +86,29 @@ class IterationRollouts:
         """files: those of the checkpoint that the run goes on from, for the iteration that begins next."""
         self._checkpointed = files
 
-    def begin(self, iteration: int, ref_id: str, given: Callable[[int], Sequence[int]] | None = None) -> None:
+    def begin(self, iteration: int, ref_id: str, given: Given | None = None) -> None:
         """Turn to an iteration, and take what the checkpoint and the directory hold of it.
 
-        ref_id: names the reference's weights; only what was made by them is taken. given: the response to an example
-        where none is to be generated.
+        ref_id: names the reference's weights; only what was made by them is taken. given: the responses where none are
+        to be generated.
         """
         if self.unwritten is not None:
             self._note(self._store.write())
             self.unwritten = None
         self._iteration, self._given = iteration, given
-        settings = self._model.rollout_settings | {
+        settings = self._model.rollout_settings(iteration) | {
             "iteration": iteration,
             "data": self._dataset.digest,
-            "source": "generated" if given is None else "given",
+            "source": "generated" if given is None else given.source + given.origin,
         }
+        directory = self._directory / f"iteration-{iteration:03d}"
         self._store = RolloutStore(
-            self._directory / f"iteration-{iteration:03d}",
+            directory if given is None else directory / given.directory,
             Origin(ref_id, _digest(settings)),
             self._dataset,
             self._model.tokenizer.decode,
+            self.num_generations,
+            self.selection,
         )
         found = self._store.find(self._checkpointed, trusted=not self._held_out)
         self._checkpointed = ()
@@ -103,11 +127,10 @@ class IterationRollouts:
         Returns whether it was told to. A chunk in which generation was interrupted is otherwise taken up again.
         """
         wanted = sorted(set(indices))
-        count = len(self._store.missing(wanted))
+        count = len(self._store.missing(wanted)) * self.num_generations
         if not count:
             return False
-        what = "held-out rollouts" if self._held_out else "rollouts"
-        with self._reporter.rollouts(self._iteration, count, what) as progress:
+        with self._reporter.rollouts(self._iteration, count, self._what) as progress:
             for start in range(0, len(wanted), self._chunk):
                 while missing := self._store.missing(wanted[start : start + self._chunk]):
                     self._make_chunk([self._dataset[index] for index in missing], progress)
@@ -129,8 +152,10 @@ class IterationRollouts:
     def _respond(self, examples: list[Example], progress: Callable[[str, int], None]) -> list[Rollout] | None:
         """The rollouts of these examples; None if generation was interrupted."""
         if self._given is not None:
-            return self._model.score_given(examples, [self._given(example.index) for example in examples], progress)
-        progress("generating", sum(example.index in self._store.responses for example in examples))
+            answers = [self._given.answers(example.index) for example in examples]
+            return self._model.score_given(examples, answers, progress)
+        indices = {example.index for example in examples}
+        progress("generating", sum(index in indices for index, _ in self._store.responses))
         with self._store.journal() as journal:
             rollouts = self._model.roll_out(
                 examples,
@@ -139,6 +164,7 @@ class IterationRollouts:
                 answered=self._store.responses,
                 finished=None if journal is None else journal.append,
                 interrupted=self._interrupted,
+                num_generations=self.num_generations,
             )
         if journal is not None and journal.error is not None:
             self._warn(journal.error)
@@ -155,9 +181,20 @@ class IterationRollouts:
         """Tokens of all rollouts."""
         return self._store.num_tokens
 
-    def pair(self, index: int) -> Pair:
-        """The example with its rollout. Raises KeyError if it has none."""
-        return self._store.pair(self._dataset[index])
+    def pair(self, index: int, number: int = 0) -> Pair:
+        """See `RolloutStore.pair`."""
+        return self._store.pair(self._dataset[index], number)
+
+    @property
+    def store(self) -> RolloutStore:
+        """Where the rollouts of this iteration are."""
+        return self._store
+
+    @property
+    def _what(self) -> str:
+        if self._given is not None and self._given.directory:
+            return self._given.source
+        return "held-out rollouts" if self._held_out else "rollouts"
 
     def summary(self) -> dict[str, float]:
         """See `RolloutStore.summary`."""

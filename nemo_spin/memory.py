@@ -82,11 +82,14 @@ def estimate(
     if cfg.spin.kv_cache_gib is not None:
         kv_cache = min(kv_cache, int(cfg.spin.kv_cache_gib * _GIB))
 
-    rollout_bytes = 4 * examples * new_tokens
+    # Of every generation that is trained on: as it was made, and those of earlier iterations scored anew beside it.
+    generations = cfg.spin.num_generations * (1 + cfg.spin.replay_iterations)
+    generations += cfg.spin.pairs_per_example * cfg.spin.replay_iterations
+    rollout_bytes = 4 * examples * new_tokens * generations
     # The first replica writes weights and optimizer; the distributed one is gathered, with fp32 parameters, for that.
     checkpoint = (bytes_per_value + (12 if cfg.optim.distributed else moments_and_main)) * per_device
     # While the reference is in the model, the policy waits beside where it was.
-    reference = 2 * bytes_per_value * per_device if cfg.spin.rollout_window is not None else 0
+    reference = 2 * bytes_per_value * per_device if cfg.spin.keeps_reference else 0
     return MemoryEstimate(
         parameters=parameter_count(architecture),
         parameters_per_device=per_device,

@@ -6,6 +6,7 @@ It registers the package with NeMo, so that NeMo restores archives that name thi
 from __future__ import annotations
 
 import resource
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.steps import Batching
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.reference import Reference
-from nemo_spin.rollouts import Rollout, roll_out, score_given
+from nemo_spin.rollouts import Answer, Rollout, roll_out, score
 from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
@@ -172,7 +173,7 @@ class MegatronGPTSPINModel(ModelPT):
         self._score_batching = self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time)
         self._max_new_tokens = cfg.spin.length_params.max_length or context_length
         self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
-        self.reference = Reference(self.gpt, keep_copy=cfg.spin.rollout_window is not None)
+        self.reference = Reference(self.gpt, keep_copy=cfg.spin.keeps_reference)
         self._generator = self.generator(
             cfg.spin.sampling_params,
             min_length=cfg.spin.length_params.min_length,
@@ -213,9 +214,8 @@ class MegatronGPTSPINModel(ModelPT):
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @property
-    def rollout_settings(self) -> dict[str, Any]:
-        """What rollouts depend on beside weights, prompts and iteration, as JSON has it."""
+    def rollout_settings(self, iteration: int) -> dict[str, Any]:
+        """What the rollouts of an iteration depend on beside weights and prompts, as JSON has it."""
         return {
             "precision": self.precision,
             "max_new_tokens": self._max_new_tokens,
@@ -229,9 +229,10 @@ class MegatronGPTSPINModel(ModelPT):
         progress: Callable[[str, int], None] | None = None,
         **hooks: Any,
     ) -> list[Rollout] | None:
-        """The reference's responses to these prompts, and both reference log-probabilities.
+        """The reference's responses to these prompts, and its log-probabilities of these and of the human ones.
 
-        hooks: `answered`, `finished` and `interrupted` of `rollouts.roll_out`; None if it was interrupted.
+        hooks: `answered`, `finished`, `interrupted` and `num_generations` of `rollouts.roll_out`; None if it was
+        interrupted.
         """
         with self.reference.swapped_in():
             return roll_out(
@@ -248,12 +249,16 @@ class MegatronGPTSPINModel(ModelPT):
     def score_given(
         self,
         examples: Sequence[Example],
-        responses: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Answer]],
         progress: Callable[[str, int], None] | None = None,
     ) -> list[Rollout]:
-        """Rollouts of given responses, with both reference log-probabilities."""
+        """Rollouts of responses that are there already, scored by the reference; see `rollouts.score`."""
         with self.reference.swapped_in():
-            return score_given(self.gpt, examples, responses, self._generator.stop_ids, self._score_batching, progress)
+            return score(self.gpt, examples, answers, self._score_batching, progress)
+
+    def given_answer(self, ids: Sequence[int]) -> Answer:
+        """A response that the data bring along, in place of one that the reference made; not empty."""
+        return Answer(array("i", ids), "stop" if ids[-1] in self._generator.stop_ids else "length")
 
     def refresh_reference(self) -> str:
         """The policy becomes the reference. Returns a name of its weights; see `Reference.name`."""
@@ -286,7 +291,7 @@ class MegatronGPTSPINModel(ModelPT):
             self.reference.load({name.removeprefix("ref_policy."): t for name, t in state["ref_policy"].items()})
         else:
             self.reference.refresh()
-        if mid_iteration:
+        if mid_iteration or "ref_policy" in state:
             self.reference.policy_moved()
 
     def content(self) -> Content:

@@ -5,6 +5,7 @@ A prompt is rendered and tokenized once; chosen and rejected share its ids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,30 @@ class Pair:
     def num_tokens(self) -> int:
         """Tokens of the two sequences that go through the model."""
         return 2 * len(self.example.prompt_ids) + len(self.example.response_ids) + len(self.rejected_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which of the responses to a prompt become rejected ones.
+
+    rejected: "all", or the one to which the reference gives the highest ("best") or lowest ("worst") log-probability.
+    per_token: the mean log-probability of its tokens counts, not their sum.
+    """
+
+    rejected: str = "all"
+    per_token: bool = False
+
+    def __call__(self, logps: Sequence[float], lengths: Sequence[int]) -> list[int]:
+        """logps: of each response under the reference, in nats. lengths: in tokens. Returns numbers of responses.
+
+        One whose log-probability is not finite is taken only where all are so.
+        """
+        samples = range(len(logps))
+        if self.rejected == "all":
+            return list(samples)
+        sign = 1.0 if self.rejected == "best" else -1.0
+        scores = [sign * logp / (length if self.per_token else 1) for logp, length in zip(logps, lengths, strict=True)]
+        return [max(samples, key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,61 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from nemo_spin.config.schema import LoopConfig
-from nemo_spin.data.order import num_batches
 from nemo_spin.progress import Progress
 
 
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """The steps of a run. A step is a global batch.
+    """The steps of a run. A step is a global batch, the last one of an epoch may be smaller."""
 
-    examples_per_epoch: those counted twice that are seen twice. rollout_window: pairs, None for a whole iteration.
-    """
+    def __init__(
+        self,
+        loop: LoopConfig,
+        global_batch_size: int,
+        pairs_per_epoch: Sequence[int],
+        rollout_window: int | None = None,
+    ) -> None:
+        """pairs_per_epoch: of each iteration. rollout_window: pairs, None for a whole iteration."""
+        self._loop, self._global_batch_size, self._rollout_window = loop, global_batch_size, rollout_window
+        self._batches = [-(-pairs // global_batch_size) for pairs in pairs_per_epoch]
+        self._left_after = [0]
+        for iteration in reversed(range(1, loop.max_iterations)):
+            self._left_after.append(self._left_after[-1] + self.steps_per_iteration(iteration))
+        self._left_after.reverse()
 
-    loop: LoopConfig
-    global_batch_size: int
-    examples_per_epoch: int
-    rollout_window: int | None
+    def batches_per_epoch(self, iteration: int) -> int:
+        return self._batches[iteration]
 
-    @property
-    def batches_per_epoch(self) -> int:
-        return num_batches(self.examples_per_epoch, self.global_batch_size, self.loop.limit_train_batches)
+    def steps_per_iteration(self, iteration: int) -> int:
+        return self._batches[iteration] * self._loop.max_epochs[iteration]
 
-    @property
-    def steps_per_iteration(self) -> int:
-        return self.batches_per_epoch * self.loop.max_epochs
-
-    @property
-    def batches_per_window(self) -> int:
+    def batches_per_window(self, iteration: int) -> int:
         """Batches whose rollouts are made at a time."""
-        if self.rollout_window is None:
-            return self.steps_per_iteration
-        return self.rollout_window // self.global_batch_size
+        if self._rollout_window is None:
+            return self.steps_per_iteration(iteration)
+        return self._rollout_window // self._global_batch_size
 
     def left_in_window(self, progress: Progress) -> int:
         """Batches up to where the next rollouts are made: a run that goes on makes them where it would have."""
-        return self.batches_per_window - progress.iteration_step % self.batches_per_window
+        batches = self.batches_per_window(progress.iteration)
+        return batches - progress.iteration_step % batches
 
-    @property
-    def windows_per_iteration(self) -> int:
+    def windows_per_iteration(self, iteration: int) -> int:
         """How often rollouts are made: in the first epoch of an iteration; later ones use them again."""
-        return -(-self.batches_per_epoch // min(self.batches_per_window, self.batches_per_epoch))
+        batches = self.batches_per_epoch(iteration)
+        return -(-batches // min(self.batches_per_window(iteration), batches))
 
     def left_in_run(self, progress: Progress) -> int:
-        left = self.steps_per_iteration * (self.loop.max_iterations - progress.iteration) - progress.iteration_step
-        return left if self.loop.max_steps < 0 else min(left, self.loop.max_steps - progress.step)
+        if progress.iteration >= self._loop.max_iterations:
+            return 0
+        of_iteration = self.steps_per_iteration(progress.iteration) - progress.iteration_step
+        left = of_iteration + self._left_after[progress.iteration]
+        return left if self._loop.max_steps < 0 else min(left, self._loop.max_steps - progress.step)
 
     def left_in_iteration(self, progress: Progress) -> int:
-        return min(self.steps_per_iteration - progress.iteration_step, self.left_in_run(progress))
+        return min(self.steps_per_iteration(progress.iteration) - progress.iteration_step, self.left_in_run(progress))
 
-    def iterations_left(self, progress: Progress) -> int:
-        """Iterations that have not begun."""
-        return self.loop.max_iterations - progress.iteration - 1
+    def windows_left(self, progress: Progress) -> int:
+        """How often rollouts are made in the iterations that have not begun."""
+        return sum(map(self.windows_per_iteration, range(progress.iteration + 1, self._loop.max_iterations)))
 
     def is_due(self, interval: int | float, progress: Progress) -> bool:
         """Whether an interval, in steps or as a fraction of an epoch, ends with this step; 0 and below never do."""
-        every = max(round(interval * self.batches_per_epoch), 1) if isinstance(interval, float) else interval
-        return interval > 0 and progress.iteration_step % every == 0
+        if isinstance(interval, float):
+            interval = max(round(interval * self.batches_per_epoch(progress.iteration)), 1)
+        return interval > 0 and progress.iteration_step % interval == 0

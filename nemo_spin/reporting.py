@@ -49,8 +49,8 @@ class Reporter:
     def run(self, cfg: SpinConfig, progress: Progress) -> Iterator[None]:
         """Around the whole run: ends bars also when the run ends by an error."""
         self.say(
-            f"SPIN: {cfg.loop.max_iterations} iterations of {cfg.loop.max_epochs} epochs, starting at iteration "
-            f"{progress.iteration}, step {progress.step}"
+            f"SPIN: {cfg.loop.max_iterations} iterations of {_or_each(cfg.loop.max_epochs)} epochs, starting at "
+            f"iteration {progress.iteration}, step {progress.step}"
         )
         self.log("start" if progress.step == 0 else "resume", progress, {})
         try:
@@ -136,6 +136,11 @@ class Reporter:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _or_each(numbers: Sequence[int]) -> str:
+    """One number where all are the same."""
+    return ", ".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
 
 
 def _shortened(text: str, from_the_end: bool) -> str:

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_spin.megatron.agreement import from_first
-from nemo_spin.pairs import Example, Pair
+from nemo_spin.megatron.agreement import from_first, of_first
+from nemo_spin.pairs import Example, Pair, Selection
 from nemo_spin.rollout_files.directory import Found, RolloutDirectory
 from nemo_spin.rollout_files.journal import Journal
-from nemo_spin.rollout_files.part import Origin
-from nemo_spin.rollouts import Answer, Rollout
+from nemo_spin.rollout_files.part import Origin, origin_of
+from nemo_spin.rollouts import Answer, Key, Rollout
 
 # A response of at least this many tokens counts as repeated when less than half of its runs of four tokens differ.
 _REPEATED_FROM_TOKENS = 16
@@ -45,45 +45,86 @@ class RolloutStore:
 
     Every process calls every method; only process 0 writes, beside one journal for each data-parallel replica.
 
-    responses: those without log-probabilities yet, by index; in the end those that an interruption has left.
+    responses: those without log-probabilities yet; in the end those that an interruption has left.
     """
 
     def __init__(
-        self, directory: Path, origin: Origin, dataset: Dataset, decode: Callable[[Sequence[int]], str]
+        self,
+        directory: Path,
+        origin: Origin,
+        dataset: Dataset,
+        decode: Callable[[Sequence[int]], str],
+        num_generations: int = 1,
+        selection: Selection | None = None,
     ) -> None:
         """directory: the same on every process and visible to all of them. origin: of the rollouts.
 
-        decode: token ids -> text, for the columns that people read.
+        decode: token ids -> text, for the columns that people read. num_generations: responses to each prompt.
+        selection: which of them make pairs; None for all.
         """
         self._directory = RolloutDirectory(directory, origin, self._row)
-        self.responses: dict[int, Answer] = {}
+        self._samples, self._selection = range(num_generations), selection or Selection()
+        self.responses: dict[Key, Answer] = {}
         self._dataset, self._decode = dataset, decode
         self._journals = 0
         # Flat: 4 bytes a token. Row r holds ids[starts[r]:starts[r + 1]], and the logps 2r (chosen) and 2r + 1.
-        self._row_of: dict[int, int] = {}
+        self._row_of: dict[Key, int] = {}
         self._ids, self._starts, self._ref_logps = array("i"), array("q", [0]), array("d")
         self._cut_off = bytearray()
         self._empty = self._repeated = self._matching = self._not_finite = 0
         self._finite_logps, self._finite_tokens = 0.0, 0
+
+    @classmethod
+    def recalled(cls, directory: Path, files: Sequence[Path], *args: Any) -> RolloutStore:
+        """The rollouts of an iteration that has ended, as a checkpoint holds them. files: the checkpoint's. args: those
+        of the constructor after `origin`, which the files say themselves."""
+        origin = of_first(lambda: origin_of(files[0]) if files else Origin("", ""))
+        store = cls(directory, origin, *args)
+        store.find(files)
+        return store
 
     @property
     def path(self) -> Path:
         """The directory."""
         return self._directory.path
 
+    @property
+    def origin(self) -> Origin:
+        """What its rollouts come from."""
+        return self._directory.origin
+
     def __len__(self) -> int:
         return len(self._row_of)
 
     def missing(self, indices: Iterable[int]) -> list[int]:
-        """Those of the examples' indices that have no rollout yet, each once, in ascending order."""
-        return sorted({index for index in indices if index not in self._row_of})
+        """Those of the examples' indices that lack a rollout, each once, in ascending order."""
+        return sorted({i for i in indices if any((i, sample) not in self._row_of for sample in self._samples)})
 
-    def pair(self, example: Example) -> Pair:
-        """The example with its rollout. Raises KeyError if it has none."""
-        row = self._row_of[example.index]
+    def pair(self, example: Example, number: int = 0) -> Pair:
+        """The example with the rollout of this number among those that make pairs. Raises KeyError if it has none."""
+        return self._pair(example, self._selected(example.index)[number])
+
+    def answers(self, index: int) -> list[Answer]:
+        """The responses to an example that make pairs, in the order of `pair`. Raises KeyError if one is missing."""
+        rows = [self._row_of[index, sample] for sample in self._selected(index)]
+        return [Answer(self._row_ids(row), self._finish_reason(row)) for row in rows]
+
+    def _selected(self, index: int) -> list[int]:
+        rows = [self._row_of[index, sample] for sample in self._samples]
+        return self._selection(
+            [self._ref_logps[2 * row + 1] for row in rows], [self._starts[row + 1] - self._starts[row] for row in rows]
+        )
+
+    def _pair(self, example: Example, sample: int) -> Pair:
+        row = self._row_of[example.index, sample]
         chosen, rejected = self._ref_logps[2 * row : 2 * row + 2]
-        ids = tuple(self._ids[self._starts[row] : self._starts[row + 1]])
-        return Pair(example, ids, "length" if self._cut_off[row] else "stop", chosen, rejected)
+        return Pair(example, tuple(self._row_ids(row)), self._finish_reason(row), chosen, rejected)
+
+    def _row_ids(self, row: int) -> array:
+        return self._ids[self._starts[row] : self._starts[row + 1]]
+
+    def _finish_reason(self, row: int) -> str:
+        return "length" if self._cut_off[row] else "stop"
 
     # ------------------------------------------------------------------------------------------ on disk
 
@@ -124,7 +165,7 @@ class RolloutStore:
         """Keep these rollouts, and write them to the next file; their journals go. Returns as `write` does."""
         self._keep(rollouts)
         for rollout in rollouts:
-            self.responses.pop(rollout.index, None)
+            self.responses.pop(rollout.key, None)
         return self._directory.add(list(rollouts)) if dist.get_rank() == 0 else None
 
     def write(self) -> OSError | None:
@@ -137,7 +178,7 @@ class RolloutStore:
 
     def _keep(self, rollouts: Iterable[Rollout]) -> None:
         for rollout in rollouts:
-            self._row_of[rollout.index] = len(self._cut_off)
+            self._row_of[rollout.key] = len(self._cut_off)
             self._ids.extend(rollout.rejected_ids)
             self._starts.append(len(self._ids))
             self._ref_logps.extend((rollout.ref_chosen_logps, rollout.ref_rejected_logps))
@@ -182,8 +223,10 @@ class RolloutStore:
         return len(self._ids)
 
     def samples(self, count: int) -> list[Sample]:
-        """The first `count` by index, as text; of the same examples in every iteration that uses all of them."""
-        pairs = [self.pair(self._dataset[index]) for index in sorted(self._row_of)[:count]]
+        """The first `count` by index, as text, of each example the first response; of the same examples in every
+        iteration that uses all of them."""
+        first = sorted(index for index, sample in self._row_of if sample == 0)[:count]
+        pairs = [self._pair(self._dataset[index], 0) for index in first]
         return [
             Sample(
                 pair.example.index,
@@ -199,6 +242,7 @@ class RolloutStore:
         example = self._dataset[rollout.index]
         return {
             "index": rollout.index,
+            "sample": rollout.sample,
             "prompt": self._decode(example.prompt_ids),
             "chosen": self._decode(example.response_ids),
             "rejected": self._decode(rollout.rejected_ids),

@@ -1,4 +1,4 @@
-"""Making rollouts: the reference's own response to each prompt, and both reference log-probabilities."""
+"""Making rollouts: the reference's own responses to each prompt, and the reference's log-probabilities."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ from nemo_spin.pairs import Example, ResponseGroup
 T = TypeVar("T")
 
 
+Key = tuple[int, int]
+"""What a response is known by: the index of its example, and its number among the responses to it, from 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What the reference made of one example.
+    """A response that the reference has made to the prompt of an example.
 
-    index: of the example.
+    index: of the example. sample: number of the response among those to its prompt.
     rejected_ids: int32 token ids as sampled, with the stop token if one was sampled.
     finish_reason: "stop" or "length".
     ref_chosen_logps, ref_rejected_logps: log-probability of the whole response under the reference, in nats.
@@ -34,6 +38,11 @@ class Rollout:
     finish_reason: str
     ref_chosen_logps: float
     ref_rejected_logps: float
+    sample: int = 0
+
+    @property
+    def key(self) -> Key:
+        return self.index, self.sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,66 +61,68 @@ def roll_out(
     max_new_tokens: int,
     batching: Batching,
     progress: Callable[[str, int], None] | None = None,
-    answered: dict[int, Answer] | None = None,
+    answered: dict[Key, Answer] | None = None,
     finished: Callable[[Response], None] | None = None,
     interrupted: Callable[[], bool] | None = None,
+    num_generations: int = 1,
 ) -> list[Rollout] | None:
-    """Generate a response to every example with the weights that `gpt` has now, and score both responses.
+    """Generate responses to every example with the weights that `gpt` has now, and score them and the human one.
 
     Every process passes the same examples; data-parallel replicas share the work, and every process gets every
-    rollout, in the order of the examples. max_new_tokens: the budget of each response, further limited by what its
-    prompt leaves of the context. progress: told the phase ("generating" or "scoring") and how many more sequences are
-    done, on all replicas if they are as fast as this one.
+    rollout, in the order of the examples and of their `num_generations` samples. max_new_tokens: the budget of each
+    response, further limited by what its prompt leaves of the context. progress: told the phase ("generating" or
+    "scoring") and how many more sequences are done, on all replicas if they are as fast as this one.
 
-    answered: responses by the index of their example, which are scored with the others and not generated again; those
+    answered: responses, which are scored with the others and not generated again; those
     that are generated now join them. finished: given each response of this replica as soon as it is generated.
     interrupted: see `Engine.generate`; replicas may answer differently. Returns None, on every process, if not all
     responses were generated.
     """
     answers = {} if answered is None else answered
-    own = _own_share([example for example in examples if example.index not in answers])
-    requests = [GenerationRequest(e.index, e.prompt_ids, max_new_tokens) for e in own]
+    samples = range(num_generations)
+    requests = [
+        GenerationRequest(example.index, example.prompt_ids, max_new_tokens, sample)
+        for example in _own_share([e for e in examples if any((e.index, sample) not in answers for sample in samples)])
+        for sample in samples
+        if (example.index, sample) not in answers
+    ]
     generated = generator.generate(requests, iteration, _phase(progress, "generating"), finished, interrupted)
-    for share in _of_all_replicas({r.index: Answer(array("i", r.ids), r.finish_reason) for r in generated}):
+    own = {(r.index, r.sample): Answer(array("i", r.ids), r.finish_reason) for r in generated}
+    for share in _of_all_replicas(own):
         answers.update(share)
-    if any(example.index not in answers for example in examples):
+    if any((example.index, sample) not in answers for example in examples for sample in samples):
         return None
     # All examples, whoever generated what and when: which sequences go through the model together is seen in the last
     # bits of their log-probabilities.
-    return _scored(gpt, examples, [answers[example.index] for example in examples], batching, progress)
+    given = [[answers[example.index, sample] for sample in samples] for example in examples]
+    return score(gpt, examples, given, batching, progress)
 
 
-def score_given(
+def score(
     gpt: GPTModel,
     examples: Sequence[Example],
-    given: Sequence[Sequence[int]],
-    stop_ids: frozenset[int],
+    answers: Sequence[Sequence[Answer]],
     batching: Batching,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Rollout]:
-    """Rollouts of responses that the data bring along in place of the reference's own; as `roll_out` in all else."""
-    answers = [Answer(array("i", ids), "stop" if ids[-1] in stop_ids else "length") for ids in given]
-    return _scored(gpt, examples, answers, batching, progress)
+    """Rollouts of responses that are there already, those to each example numbered in their order.
 
-
-def _scored(
-    gpt: GPTModel,
-    examples: Sequence[Example],
-    answers: Sequence[Answer],
-    batching: Batching,
-    progress: Callable[[str, int], None] | None,
-) -> list[Rollout]:
-    """The rollouts of all examples, each replica scoring its share."""
+    Each data-parallel replica scores its share; prompt and human response are computed once for all responses to it.
+    In all else as `roll_out`.
+    """
     share = list(zip(_own_share(examples), _own_share(answers), strict=True))
-    groups = [ResponseGroup(example.prompt_ids, (example.response_ids, answer.ids)) for example, answer in share]
+    groups = [ResponseGroup(e.prompt_ids, (e.response_ids, *(a.ids for a in given))) for e, given in share]
     logps = group_logps(gpt, groups, batching, _phase(progress, "scoring"))
     shares = _of_all_replicas(
         [
-            Rollout(example.index, answer.ids, answer.finish_reason, *map(_total, both))
-            for (example, answer), both in zip(share, logps, strict=True)
+            [
+                Rollout(example.index, answer.ids, answer.finish_reason, _total(chosen), _total(rejected), sample)
+                for sample, (answer, rejected) in enumerate(zip(given, of_given, strict=True))
+            ]
+            for (example, given), (chosen, *of_given) in zip(share, logps, strict=True)
         ]
     )
-    return [shares[i % len(shares)][i // len(shares)] for i in range(len(examples))]
+    return [rollout for i in range(len(examples)) for rollout in shares[i % len(shares)][i // len(shares)]]
 
 
 def sequence_logps(

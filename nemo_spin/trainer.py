@@ -2,10 +2,13 @@
 
     policy = SFT checkpoint; reference = policy
     for each iteration:
-        for each batch, over `max_epochs` epochs:            # fit, run_iteration
+        for each batch, over `max_epochs` epochs:            # fit, run_iteration, train_dataloader
             add the reference's own responses                 # augment_dataloader
             step on -log sigmoid(beta * margin)               # train_step
         reference = policy
+
+From the second iteration on an epoch has the pairs of earlier iterations as well, with log-probabilities of the present
+reference (`mixture.py`, `iteration_pairs.py`), as in the paper's experiments.
 
 Where it departs from the paper and from earlier implementations:
 - All responses of an iteration, and both reference log-probabilities, are made before its first step, while policy and
@@ -24,18 +27,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from nemo_spin.checkpoint.run_state import RunState
 from nemo_spin.checkpoint.training import TrainingCheckpoints
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
-from nemo_spin.data.order import epoch_order, epoch_size, index_batches
+from nemo_spin.data.order import index_batches
 from nemo_spin.faults import reached
 from nemo_spin.identity import identity_of_run
-from nemo_spin.iteration_rollouts import IterationRollouts
+from nemo_spin.iteration_pairs import IterationPairs, PairId
 from nemo_spin.losses import check_policy_equals_reference
+from nemo_spin.mixture import Mixture
 from nemo_spin.pairs import Pair
 from nemo_spin.plan import Plan
 from nemo_spin.progress import Progress
@@ -53,10 +54,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A global batch, and the epoch of its iteration that it belongs to. indices: int64 [b], of its examples."""
+    """Which pairs a global batch has, and the epoch of its iteration that it belongs to."""
 
     epoch: int
-    indices: Tensor
+    pairs: list[PairId]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +89,19 @@ class SPINTrainer:
         self.reporter = reporter
         self.stopping = stopping or Stopping(cfg.loop.max_seconds)
         self.checkpoints = TrainingCheckpoints(run_dir / "checkpoints", cfg.checkpoint, reporter.say)
-        self.plan = Plan(
-            cfg.loop, cfg.global_batch_size, epoch_size(train_dataset.shares), rollout_window=cfg.spin.rollout_window
-        )
+        self.mixture = Mixture(
+            train_dataset.shares, cfg.global_batch_size, cfg.loop.max_epochs, cfg.loop.limit_train_batches,
+            cfg.spin.pairs_per_example, cfg.spin.replay_weights, cfg.seed, cfg.train_ds.shuffle,
+        )  # fmt: skip
+        pairs_per_epoch = [self.mixture.pairs_per_epoch(iteration) for iteration in range(cfg.loop.max_iterations)]
+        self.plan = Plan(cfg.loop, cfg.global_batch_size, pairs_per_epoch, cfg.spin.rollout_window)
         interrupted = self.stopping.interrupted
         directory = run_dir / "rollouts"
-        self.rollouts = IterationRollouts(cfg, model, train_dataset, directory, reporter, interrupted)
+        self.pairs = IterationPairs(cfg, model, train_dataset, self.mixture, directory, reporter, interrupted)
         self.validation = Validation(cfg, model, validation_dataset, directory / "held_out", reporter, interrupted)
         self.safeguards = Safeguards(cfg, model, train_dataset, run_dir, reporter)
         self.progress = Progress()
         self.stopwatch = Stopwatch(lambda activity: beat(f"{activity}, {self.progress}"))
-        self.identity = identity_of_run(cfg, train_dataset, self.plan)
         self.ref_id = name_of_checkpoint(cfg.restore_from_path)
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -107,7 +110,7 @@ class SPINTrainer:
         """Run every iteration that is left. Returns whether there is none left; else it was stopped."""
         with self.reporter.run(self.cfg, self.progress), self.checkpoints.writing():
             self._begin_rollouts()
-            if self.progress.step == 0 and not len(self.rollouts) and not len(self.validation.rollouts):
+            if self.progress.step == 0 and not len(self.pairs) and not len(self.validation.rollouts):
                 self.reporter.iteration(self.progress, "SFT model", self.validate())
             while self.plan.left_in_run(self.progress) > 0 and not self.stopping.asked:
                 self.run_iteration()
@@ -128,7 +131,8 @@ class SPINTrainer:
             stop = self.stopping.ask()
             if at_end or (self.plan.is_due(self.cfg.loop.val_check_interval, self.progress) and not stop):
                 metrics |= self.validate()
-            self.reporter.step(self.progress, batch.epoch, metrics, self.plan.steps_per_iteration, self._seconds_left())
+            steps = self.plan.steps_per_iteration(self.progress.iteration)
+            self.reporter.step(self.progress, batch.epoch, metrics, steps, self._seconds_left())
             again = self.checkpoints.settle(self.progress.step)
             due = again or self.plan.is_due(self.cfg.loop.save_interval, self.progress)
             if not at_end and (stop or due):
@@ -137,11 +141,12 @@ class SPINTrainer:
                 break
         if self.plan.left_in_iteration(self.progress) > 0:
             return
-        metrics |= self.rollouts.summary() | {"time/rollout_share": self.stopwatch.share("rollout")}
+        metrics |= self.pairs.summary() | {"time/rollout_share": self.stopwatch.share("rollout")}
         self.reporter.iteration(self.progress, f"iteration {self.progress.iteration}", metrics)
         self.reporter.log("iteration", self.progress, metrics)
-        if self.progress.iteration_step == self.plan.steps_per_iteration:
-            self.ref_id = self.model.refresh_reference()
+        if self.progress.iteration_step == self.plan.steps_per_iteration(self.progress.iteration):
+            if self.cfg.spin.refresh_reference:
+                self.ref_id = self.model.refresh_reference()
             self.progress.next_iteration()
             reached("iteration/refreshed")
             self._begin_rollouts()
@@ -149,23 +154,17 @@ class SPINTrainer:
 
     def train_dataloader(self) -> Iterator[Batch]:
         """The batches that are left of this iteration, over all its epochs."""
-        done = self.progress.iteration_step
-        for epoch in range(self.cfg.loop.max_epochs):
-            start = min(done, self.plan.batches_per_epoch)
+        iteration, done = self.progress.iteration, self.progress.iteration_step
+        batches = self.plan.batches_per_epoch(iteration)
+        for epoch in range(self.cfg.loop.max_epochs[iteration]):
+            start = min(done, batches)
             done -= start
-            order = epoch_order(
-                self.train_dataset.shares,
-                self.cfg.seed,
-                self.progress.iteration,
-                epoch,
-                self.cfg.train_ds.shuffle,
-                self.cfg.loop.max_epochs,
-            )
-            for indices in index_batches(order, self.cfg.global_batch_size, start, self.plan.batches_per_epoch):
-                yield Batch(epoch, indices)
+            if start < batches:
+                for rows in index_batches(self.mixture.epoch(iteration, epoch), self.cfg.global_batch_size, start):
+                    yield Batch(epoch, [PairId(*row) for row in rows.tolist()])
 
     def augment_dataloader(self, dataloader: Iterable[Batch]) -> Iterator[PairBatch]:
-        """Add the reference's response, and both reference log-probabilities, to every example.
+        """Add the reference's responses, and its log-probabilities of these and of the human ones, to every batch.
 
         Rollouts are made for a window of batches at a time: by default the whole iteration, before its first step.
         What an earlier epoch, or the run before an interruption, has rolled out already is used again.
@@ -173,26 +172,26 @@ class SPINTrainer:
         remaining = islice(dataloader, self.plan.left_in_iteration(self.progress))
         size = self.plan.left_in_window(self.progress)
         while window := list(islice(remaining, size)):
-            self.make_rollouts(torch.cat([batch.indices for batch in window]).tolist())
+            self.make_rollouts([pair for batch in window for pair in batch.pairs])
             if self.stopping.asked:
                 return
             for batch in window:
-                yield PairBatch(batch.epoch, [self.rollouts.pair(index) for index in batch.indices.tolist()])
-            size = self.plan.batches_per_window
+                yield PairBatch(batch.epoch, [self.pairs.pair(pair) for pair in batch.pairs])
+            size = self.plan.batches_per_window(self.progress.iteration)
 
-    def make_rollouts(self, indices: Sequence[int]) -> None:
-        """Let the reference respond to the prompts to which it has not; stops, and saves, when it is asked to."""
-        if not self.rollouts.missing(indices):
+    def make_rollouts(self, pairs: Sequence[PairId]) -> None:
+        """Let the reference make what these pairs lack; stops, and saves, when it is asked to."""
+        if self.pairs.is_made(pairs):
             return
-        tokens_before = self.rollouts.num_tokens
+        tokens_before = self.pairs.num_tokens
         with self.stopwatch.measure("rollout"):
-            self.rollouts.make(indices, self.stopping.ask)
+            self.pairs.make(pairs, self.stopping.ask)
         seconds = self.stopwatch.last["rollout"]
-        speed = (self.rollouts.num_tokens - tokens_before) / seconds
+        speed = (self.pairs.num_tokens - tokens_before) / seconds
         timing = {"time/rollout": seconds, "throughput/rollout_tokens_per_second": speed}
-        self.reporter.log("rollout", self.progress, self.rollouts.summary() | timing)
-        self.safeguards.after_rollouts(self.rollouts.summary(), self.progress)
-        self.reporter.samples(self.rollouts.samples(self.cfg.loop.log_samples), self.progress)
+        self.reporter.log("rollout", self.progress, self.pairs.summary() | timing)
+        self.safeguards.after_rollouts(self.pairs.summary(), self.progress)
+        self.reporter.samples(self.pairs.samples(self.cfg.loop.log_samples), self.progress)
         if self.stopping.asked:
             self.save({})
 
@@ -202,7 +201,10 @@ class SPINTrainer:
         with self.stopwatch.measure("train_step"):
             metrics = self.model.train_step(batch.pairs, beta)
         skipped = metrics.pop("skipped") > 0
-        if self.progress.policy_is_reference and not skipped:
+        is_reference = self.progress.policy_is_reference and (
+            self.cfg.spin.refresh_reference or self.progress.iteration == 0
+        )
+        if is_reference and not skipped:
             check_policy_equals_reference(metrics, beta, self.cfg.precision)
         self.progress.advance(len(batch.pairs), skipped)
         reached("train/step")
@@ -226,17 +228,17 @@ class SPINTrainer:
 
     def save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint from which the run goes on exactly as if it had not stopped; the last one is awaited."""
-        made = {"rollouts": self.rollouts, "held_out": self.validation.rollouts}
+        files = self.pairs.files() | {"held_out": self.validation.rollouts.files()}
         with self.stopwatch.measure("checkpoint"):
             self.checkpoints.save(
                 self.model,
                 RunState(
                     self.progress,
-                    self.identity,
+                    self._identity(self.progress.iteration),
                     metrics,
-                    {kind: rollouts.files() for kind, rollouts in made.items()},
+                    files,
                     self.ref_id,
-                    next((rollouts.unwritten for rollouts in made.values() if rollouts.unwritten), None),
+                    self.pairs.unwritten or self.validation.rollouts.unwritten,
                 ),
                 keep=self.progress.iteration_step == 0,
                 last=self.stopping.asked or self.plan.left_in_run(self.progress) == 0,
@@ -245,18 +247,19 @@ class SPINTrainer:
 
     def resume(self, checkpoint: Path) -> Path:
         """Take up the run where the checkpoint left it, or the newest whole one before it. Returns the one used."""
-        used, state = self.checkpoints.restore(checkpoint, self.model, self.identity)
+        used, state = self.checkpoints.restore(checkpoint, self.model, self._identity)
         self.progress, self.ref_id = state.progress, state.ref_id
-        self.rollouts.resume(state.rollout_files["rollouts"])
+        self.pairs.resume(state.rollout_files)
         self.validation.rollouts.resume(state.rollout_files["held_out"])
         return used
 
     def _begin_rollouts(self) -> None:
         """Turn to the rollouts of this iteration: there may be some that the same reference has made."""
-        iteration = self.progress.iteration
-        given = iteration == 0 and self.cfg.spin.first_rollouts_from_data
-        self.rollouts.begin(iteration, self.ref_id, self.train_dataset.given_rejected if given else None)
-        self.validation.rollouts.begin(iteration, self.ref_id)
+        self.pairs.begin(self.progress.iteration, self.ref_id)
+        self.validation.rollouts.begin(self.progress.iteration, self.ref_id)
+
+    def _identity(self, iteration: int) -> dict[str, int | str]:
+        return identity_of_run(self.cfg, self.train_dataset, self.plan, iteration)
 
     def _start_schedule(self) -> None:
         done = self.progress.iteration_step
@@ -269,6 +272,6 @@ class SPINTrainer:
 
     def _seconds_left(self) -> float:
         """To the end of the run, if it goes on as it did so far."""
-        windows = self.plan.iterations_left(self.progress) * self.plan.windows_per_iteration
+        windows = self.plan.windows_left(self.progress)
         steps = self.plan.left_in_run(self.progress)
         return steps * self.stopwatch.mean("train_step") + windows * self.stopwatch.mean("rollout")

@@ -14,7 +14,6 @@ from nemo_spin.progress import Progress
 
 FILE = "state.json"
 FORMAT = 2
-ROLLOUT_KINDS = ("rollouts", "held_out")
 _TYPES = {"identity": dict, "metrics": dict, "with_reference": bool, "keep": bool, "serial": int, "ref_id": str}
 
 
@@ -24,7 +23,8 @@ class RunState:
 
     identity: quantities that a continuation must have in common with the run.
     metrics: of the last step.
-    rollout_files: of the iteration under way, by kind: `rollouts` and `held_out`.
+    rollout_files: by kind, which is the name of a directory: `rollouts` and `held_out` of the iteration under way, and
+        what it replays of earlier ones.
     ref_id: names the weights of that iteration's reference.
     unwritten: why some of the rollouts are in no file, where they are not: then there can be no checkpoint.
     """

@@ -7,6 +7,7 @@
         state.json                    progress, metrics, what the run must have in common with its continuation
         shards/                       weights, optimizer, and the reference where it is still needed (torch_dist)
         rollouts/, held_out/          the rollouts of an iteration that is not finished
+        replay-000/, earlier-000/     what it replays of iteration 0, scored anew and as it was made
 
 A checkpoint is written under another name, in the background, from a copy in host memory; it becomes visible when it is
 whole. It is read again, and compared with its manifest, before a run goes on from it. Random state is not in it because
@@ -38,7 +39,7 @@ from nemo_spin.checkpoint.manifest import faults_of, read_manifest
 from nemo_spin.checkpoint.own_pickles import check_pickles
 from nemo_spin.checkpoint.retention import Retention
 from nemo_spin.checkpoint.retries import Retries
-from nemo_spin.checkpoint.run_state import ROLLOUT_KINDS, RunState, Stored, pointed_at, stored_in
+from nemo_spin.checkpoint.run_state import RunState, Stored, pointed_at, stored_in
 from nemo_spin.checkpoint.sharded import plan_shards
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.errors import CheckpointError, UserError
@@ -221,24 +222,29 @@ class TrainingCheckpoints:
 
     # ------------------------------------------------------------------------------------------ resuming
 
-    def restore(self, path: Path, model: Trainable, identity: dict[str, int | str]) -> tuple[Path, RunState]:
+    def restore(
+        self, path: Path, model: Trainable, identity: Callable[[int], dict[str, int | str]]
+    ) -> tuple[Path, RunState]:
         """Restore the model from a checkpoint or, where that is damaged, from the newest whole one before it.
 
+        identity: what an iteration of this run has to have in common with the one that was saved.
         Returns the one that was used, and the state beside tensors.
         Raises CheckpointError if none is whole, or if it belongs to another run.
         """
         stored = self.newest_whole(path)
         listed = read_manifest(stored.path)
-        files = {
-            kind: [stored.path / name for name in sorted(listed) if name.startswith(f"{kind}/")]
-            for kind in ROLLOUT_KINDS
-        }
+        files: dict[str, list[Path]] = {"rollouts": [], "held_out": []}
+        for name in sorted(listed):
+            kind, separator, _ = name.partition("/")
+            if separator and kind != "shards":
+                files.setdefault(kind, []).append(stored.path / name)
         under_way = stored.progress.iteration_step > 0 or bool(files["rollouts"])
+        own = identity(stored.progress.iteration) if under_way else {}
         for name, value in stored.identity.items():
-            if identity.get(name) != value and under_way:
+            if under_way and own.get(name) != value:
                 raise CheckpointError(
                     f"{stored.path} was written in the middle of an iteration with {name} = {value}, and this run has "
-                    f"{identity.get(name)}: resume with the same, or start in another exp_manager.explicit_log_dir."
+                    f"{own.get(name)}: resume with the same, or start in another exp_manager.explicit_log_dir."
                 )
         shards = model.sharded_training_state(stored.with_reference, is_loading=True)
         loaded = dist_checkpointing.load(shards, str(stored.path / "shards"))

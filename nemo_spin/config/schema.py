@@ -182,6 +182,11 @@ class AlgorithmConfig:
         return len(self.replay_weights)
 
     @property
+    def keeps_reference(self) -> bool:
+        """Whether the reference is needed when the policy has moved on, so that a copy of it has to be kept."""
+        return self.rollout_window is not None or not self.refresh_reference
+
+    @property
     def pairs_per_example(self) -> int:
         """Pairs of an example in an epoch."""
         return self.num_generations if self.rejected_selection == "all" else 1

@@ -43,26 +43,25 @@ def epoch_size(shares: Sequence[Share]) -> int:
 
 
 def epoch_order(
-    shares: int | Sequence[Share], seed: int, iteration: int, epoch: int, shuffle: bool, max_epochs: int = 1
+    shares: int | Sequence[Share], seed: int, iteration: int, epoch: int, shuffle: bool, epochs_before: int = 0
 ) -> Tensor:
     """Indices of the examples in the order of one epoch: int64 [epoch_size] on the CPU.
 
     shares: of the files whose examples follow each other; or the number of examples, each of which comes once.
-    max_epochs: of an iteration. Of a file with a fractional weight every epoch of the run takes up where the one before
+    epochs_before: in the run. Of a file with a fractional weight every epoch of the run takes up where the one before
         has left, so that all its examples come before any of them does again.
     """
     files = [Share(shares, 1.0)] if isinstance(shares, int) else shares
     order = f"data order {seed} {iteration} {epoch}"
     if all(file.per_epoch == file.num_examples for file in files):
         size = epoch_size(files)
-        return _permutation(size, order) if shuffle else torch.arange(size)
-    epochs_before = iteration * max_epochs + epoch
+        return permutation(size, order) if shuffle else torch.arange(size)
     chosen, first = [], 0
     for number, file in enumerate(files):
         chosen.append(first + _chosen(file, f"{seed} {number}" if shuffle else None, epochs_before))
         first += file.num_examples
     indices = torch.cat(chosen)
-    return indices[_permutation(len(indices), order)] if shuffle else indices
+    return indices[permutation(len(indices), order)] if shuffle else indices
 
 
 def num_batches(num_examples: int, global_batch_size: int, limit: int | float | None = None) -> int:
@@ -118,13 +117,14 @@ def _chosen(file: Share, name: str | None, epochs_before: int) -> Tensor:
     while left:
         turn, start = divmod(position, size)
         taken = min(left, size - start)
-        order = torch.arange(size) if name is None else _permutation(size, f"data part {name} {turn}")
+        order = torch.arange(size) if name is None else permutation(size, f"data part {name} {turn}")
         indices = torch.cat([indices, order[start : start + taken]])
         position, left = position + taken, left - taken
     return indices
 
 
-def _permutation(size: int, name: str) -> Tensor:
+def permutation(size: int, name: str) -> Tensor:
+    """int64 [size]: the numbers from 0 to size - 1 in an order that is a function of the name."""
     digest = hashlib.sha256(name.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randperm(size, generator=generator)

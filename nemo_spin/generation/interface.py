@@ -22,11 +22,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Response:
-    """ids: with the stop token, if one was sampled. finish_reason: "stop", or "length" where the budget cut it off."""
+    """ids: with the stop token, if one was sampled. finish_reason: "stop", or "length" where the budget cut it off.
+
+    index, sample: of its request.
+    """
 
     index: int
     ids: tuple[int, ...]
     finish_reason: str
+    sample: int = 0
 
 
 @dataclass

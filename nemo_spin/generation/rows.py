@@ -106,7 +106,7 @@ class Rules:
 def response_of(request: GenerationRequest, row: Row) -> Response:
     """Of a row that is finished."""
     assert row.finish_reason is not None
-    return Response(request.index, tuple(row.ids), row.finish_reason)
+    return Response(request.index, tuple(row.ids), row.finish_reason, request.sample)
 
 
 def finished_responses(requests: Sequence[GenerationRequest], rows: Sequence[Row]) -> list[Response]:

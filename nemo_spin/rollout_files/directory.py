@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from nemo_spin.rollout_files.journal import read_journal
 from nemo_spin.rollout_files.part import ForeignError, Origin, Part, UnreadableError, read_part, write_part
-from nemo_spin.rollouts import Answer, Rollout
+from nemo_spin.rollouts import Answer, Key, Rollout
 
 T = TypeVar("T")
 
@@ -56,13 +56,13 @@ class RolloutDirectory:
         self._pending: list[list[Rollout]] = []
         # What a run with other rollouts has left: it goes when the first of ours is written.
         self._useless: list[Path] = []
-        self._journals: dict[Path, set[int]] = {}
-        self._in_parts: set[int] = set()
+        self._journals: dict[Path, set[Key]] = {}
+        self._in_parts: set[Key] = set()
 
     # ------------------------------------------------------------------------------------------ finding
 
     def read_parts(self, checkpointed: Sequence[Path] = (), trusted: bool = True) -> Iterator[list[Rollout]]:
-        """The rollouts of each file that is of use, those of a checkpoint first; no index comes twice.
+        """The rollouts of each file that is of use, those of a checkpoint first; none comes twice.
 
         checkpointed: files of a checkpoint. What of them is not in the directory is written to it again, with the next
         rollouts. trusted: their origin does not matter, the checkpoint vouches for them.
@@ -85,9 +85,9 @@ class RolloutDirectory:
                 else:
                     self._useless.append(path)
 
-    def read_journals(self) -> dict[int, Answer]:
-        """The responses that are in no part, by index."""
-        answers: dict[int, Answer] = {}
+    def read_journals(self) -> dict[Key, Answer]:
+        """The responses that are in no part."""
+        answers: dict[Key, Answer] = {}
         for path in self._paths_of_journals("*"):
             journal = self._noting(read_journal, path, self.origin)
             if journal is None:
@@ -95,7 +95,7 @@ class RolloutDirectory:
             open_rows = journal.keys() - self._in_parts
             if open_rows:
                 self._journals[path] = open_rows
-                answers |= {index: journal[index] for index in open_rows}
+                answers |= {key: journal[key] for key in open_rows}
             else:
                 self._useless.append(path)
         self.found.responses = len(answers)
@@ -119,8 +119,8 @@ class RolloutDirectory:
             return False
 
     def _new(self, rollouts: list[Rollout]) -> list[Rollout]:
-        new = [rollout for rollout in rollouts if rollout.index not in self._in_parts]
-        self._in_parts.update(rollout.index for rollout in new)
+        new = [rollout for rollout in rollouts if rollout.key not in self._in_parts]
+        self._in_parts.update(rollout.key for rollout in new)
         self.found.rollouts += len(new)
         return new
 
@@ -134,7 +134,7 @@ class RolloutDirectory:
         self._pending.append(rollouts)
         # What has been journaled in this life is in these rollouts, or in earlier ones.
         for path in self._paths_of_journals(f"{self.life}-*"):
-            self._journals.setdefault(path, {rollout.index for rollout in rollouts})
+            self._journals.setdefault(path, {rollout.key for rollout in rollouts})
         return self.write()
 
     def write(self) -> OSError | None:
@@ -146,7 +146,7 @@ class RolloutDirectory:
                 write_part(path, [self._row(rollout) for rollout in rollouts], rollouts, self.origin)
                 del self._pending[0]
                 self._written.append(path)
-                self._in_parts.update(rollout.index for rollout in rollouts)
+                self._in_parts.update(rollout.key for rollout in rollouts)
                 self._remove_what_is_of_no_use()
         except OSError as error:
             return error
@@ -158,7 +158,7 @@ class RolloutDirectory:
         return sorted(self._written)
 
     def _remove_what_is_of_no_use(self) -> None:
-        done = [path for path, indices in self._journals.items() if indices <= self._in_parts]
+        done = [path for path, keys in self._journals.items() if keys <= self._in_parts]
         for path in {*done, *self._useless} - {*self._written}:
             path.unlink(missing_ok=True)
         self._useless = []

@@ -19,7 +19,7 @@ from typing import Any
 from nemo_spin.faults import reached
 from nemo_spin.generation.interface import Response
 from nemo_spin.rollout_files.part import ForeignError, Origin, UnreadableError
-from nemo_spin.rollouts import Answer
+from nemo_spin.rollouts import Answer, Key
 
 
 class Journal:
@@ -39,7 +39,7 @@ class Journal:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115
                 self._write(asdict(self._origin))
-            self._write({"index": response.index, "finish_reason": response.finish_reason, "ids": response.ids})
+            self._write(asdict(response))
         except OSError as error:
             self.error = error
             self.close()
@@ -61,8 +61,8 @@ class Journal:
             rest = rest[self._file.write(rest) :]
 
 
-def read_journal(path: Path, origin: Origin) -> dict[int, Answer]:
-    """The responses of a journal by index, up to the first line that is not whole.
+def read_journal(path: Path, origin: Origin) -> dict[Key, Answer]:
+    """The responses of a journal, up to the first line that is not whole.
 
     Raises UnreadableError if not even its first line is, ForeignError if it is of another origin.
     """
@@ -73,7 +73,11 @@ def read_journal(path: Path, origin: Origin) -> dict[int, Answer]:
             raise UnreadableError
         if head != asdict(origin):
             raise ForeignError
-        return {line["index"]: Answer(array("i", line["ids"]), line["finish_reason"]) for line in lines}
+        return {
+            # journals of before there were several responses to a prompt do not number them
+            (line["index"], line.get("sample", 0)): Answer(array("i", line["ids"]), line["finish_reason"])
+            for line in lines
+        }
     except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise UnreadableError from error
 

@@ -17,6 +17,7 @@ from nemo_spin.rollouts import Rollout
 SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
+        ("sample", pa.int32()),
         ("prompt", pa.string()),
         ("chosen", pa.string()),
         ("rejected", pa.string()),
@@ -32,7 +33,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-_COLUMNS = ["index", "rejected_ids", "finish_reason", "ref_chosen_logps", "ref_rejected_logps"]
+_COLUMNS = ["index", "sample", "rejected_ids", "finish_reason", "ref_chosen_logps", "ref_rejected_logps"]
 # Names in the file's metadata.
 _REFERENCE, _SETTINGS, _ROWS = b"nemo_spin.ref_id", b"nemo_spin.settings", b"nemo_spin.rows"
 
@@ -108,11 +109,23 @@ def read_part(path: Path, origin: Origin | None = None) -> Part:
     return Part(rollouts, digest)
 
 
+def origin_of(path: Path) -> Origin:
+    """What the rollouts of a file come from. Raises UnreadableError."""
+    try:
+        with pq.ParquetFile(path) as parquet:
+            names = parquet.schema_arrow.metadata or {}
+            return Origin(names[_REFERENCE].decode(), names[_SETTINGS].decode())
+    except (OSError, pa.ArrowException, KeyError, UnicodeDecodeError) as error:
+        raise UnreadableError from error
+
+
 def digest_of(rollouts: Sequence[Rollout]) -> str:
     """A hash of all that rollouts are made of, to the last bit."""
     digest = hashlib.sha256()
     for rollout in rollouts:
         numbers = array("d", (rollout.ref_chosen_logps, rollout.ref_rejected_logps))
-        digest.update(f"{rollout.index} {rollout.finish_reason} {len(rollout.rejected_ids)} ".encode())
+        # Files of before there were several responses to a prompt do not number them.
+        name = f"{rollout.index}.{rollout.sample}" if rollout.sample else f"{rollout.index}"
+        digest.update(f"{name} {rollout.finish_reason} {len(rollout.rejected_ids)} ".encode())
         digest.update(rollout.rejected_ids.tobytes() + numbers.tobytes())
     return digest.hexdigest()

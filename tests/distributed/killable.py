@@ -216,6 +216,7 @@ class KillableRun:
             "model.spin.ref_policy_kl_penalty": [0.5, 1.0],
             "model.spin.length_params.max_length": 8,
             "model.spin.held_out_rollouts": 4,
+            "model.spin.replay_iterations": 0,
             "model.optim.lr": [1e-3, 5e-4],
             "model.optim.sched.warmup_steps": 2,
             "model.optim.sched.min_lr": 1e-5,

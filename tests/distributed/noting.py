@@ -14,6 +14,7 @@ from runs import InterruptedRunError, training_run
 from nemo_spin import iteration_rollouts
 from nemo_spin.generation.engine import Generator
 from nemo_spin.model import MegatronGPTSPINModel
+from nemo_spin.pairs import Pair
 from nemo_spin.reporting import Reporter
 from nemo_spin.rollout_files import part
 from nemo_spin.stopping import Stopping
@@ -23,12 +24,14 @@ SMALL_CHUNKS = {"model.spin.rollout_batch_size": 4}
 
 
 class Notes:
-    """requested, finished: (iteration, index) of responses of this rank's replica. trained: indices by step."""
+    """requested, finished: (iteration, index) of responses of this rank's replica. trained: indices by step; pairs: the
+    pairs themselves."""
 
     def __init__(self, fail_after: int | None, leave_off_after: int | None) -> None:
         self.requested: list[tuple[int, int]] = []
         self.finished: list[tuple[int, int]] = []
         self.trained: list[list[int]] = []
+        self.pairs: list[list[Pair]] = []
         self.said: list[str] = []
         self.fail_after, self.leave_off_after = fail_after, leave_off_after
 
@@ -52,6 +55,7 @@ class Notes:
     def train_step(self, original: Callable) -> Callable:
         def train_step(model: Any, pairs: Any, beta: float) -> Any:
             self.trained.append([pair.example.index for pair in pairs])
+            self.pairs.append(list(pairs))
             return original(model, pairs, beta)
 
         return train_step
@@ -99,7 +103,7 @@ def noted_run(
         mock.patch.object(Reporter, "say", lambda _, message: notes.said.append(message)),
     ):
         result = training_run(*args, **SMALL_CHUNKS | kwargs)
-    return result | {name: getattr(notes, name) for name in ("requested", "finished", "trained", "said")}
+    return result | {name: getattr(notes, name) for name in ("requested", "finished", "trained", "pairs", "said")}
 
 
 def parts_in(run_dir: str, iteration: int = 0) -> list[Path]:

@@ -138,6 +138,8 @@ def training_run(
         "model.global_batch_size": 8,
         "model.spin.ref_policy_kl_penalty": [0.5, 1.0],
         "model.spin.length_params.max_length": 8,
+        # Every epoch has the same steps then; what replay does is in test_replay.py.
+        "model.spin.replay_iterations": 0,
         "model.optim.lr": [1e-3, 5e-4],
         "model.optim.sched.warmup_steps": 2,
         "model.optim.sched.min_lr": 1e-5,

@@ -56,7 +56,7 @@ class Run:
     def __init__(self, directory: str, columns: int = 8, asynchronous: bool = True) -> None:
         self.directory = Path(directory) / "checkpoints"
         self.said: list[str] = []
-        options = CheckpointConfig("val_loss", "min", 0, asynchronous, False, False, False, False)
+        options = CheckpointConfig("val_loss", "min", 0, asynchronous, False, False, False, False, False)
         self.checkpoints = TrainingCheckpoints(self.directory, options, self.said.append)
         self.columns = columns
         self.progress = Progress()
@@ -78,7 +78,7 @@ class Run:
     def resumed_value(self) -> float:
         """Of a model that is restored from the newest whole checkpoint; it says the same as state.json."""
         model = SmallModel(columns=self.columns)
-        used, state = self.checkpoints.restore(self.checkpoints.latest(), model, IDENTITY)
+        used, state = self.checkpoints.restore(self.checkpoints.latest(), model, lambda iteration: IDENTITY)
         assert model.value == state.progress.step
         assert [path.parent.parent for path in state.rollout_files["rollouts"]] == [used]
         return model.value

@@ -58,7 +58,7 @@ _above_0, _at_least_0 = _real(lambda value: value > 0), _real(lambda value: valu
 FIELDS: dict[type, dict[str, Test]] = {
     schema.LoopConfig: {
         "max_iterations": _whole(1),
-        "max_epochs": _whole(1),
+        "max_epochs": _tuple(_whole(1), 1),
         "max_steps": _max_steps,
         "val_check_interval": _count_or_fraction(0),
         "save_interval": _whole(-1),
@@ -69,6 +69,11 @@ FIELDS: dict[type, dict[str, Test]] = {
         "log_samples": _whole(0),
         "max_skipped_steps": _whole(0),
         "hang_timeout": _at_least_0,
+    },
+    schema.EquilibriumConfig: {
+        "accuracy": _none_or(_real(lambda value: 0.5 <= value <= 1)),
+        "logps_gap": _none_or(_above_0),
+        **dict.fromkeys(("exact_match", "token_overlap"), _none_or(_real(lambda value: 0 < value <= 1))),
     },
     schema.SamplingParams: {
         "use_greedy": _flag,
@@ -82,9 +87,18 @@ FIELDS: dict[type, dict[str, Test]] = {
         **dict.fromkeys(("empty", "repeated", "cut_off"), _none_or(_real(lambda value: 0 < value <= 1))),
         **dict.fromkeys(("entropy", "falling_chosen"), _none_or(_above_0)),
     },
+    schema.LossConfig: {
+        "loss_type": _one_of("logistic", "hinge", "exponential", "correlation"),
+        "label_smoothing": _real(lambda value: 0 <= value < 0.5),
+        "sft_loss_weight": _at_least_0,
+    },
     schema.LengthParams: {"max_length": _whole(0), "min_length": _whole(0)},
     schema.AlgorithmConfig: {
         "ref_policy_kl_penalty": _tuple(_above_0, 1),
+        "temperature": _tuple(_above_0, 1),
+        "num_generations": _whole(1),
+        "rejected_selection": _one_of("all", "best", "worst"),
+        "replay_weights": _tuple(_above_0),
         "rollout_batch_size": _none_or(_whole(1)),
         "kv_cache_gib": _none_or(_above_0),
         "generation_engine": _one_of("auto", "nemo_spin", "megatron"),
@@ -113,6 +127,7 @@ FIELDS: dict[type, dict[str, Test]] = {
         "lr": _tuple(_above_0, 1),
         "weight_decay": _at_least_0,
         "betas": lambda value: len(value) == 2 and _tuple(_real(lambda beta: 0 <= beta < 1))(value),
+        "alpha": _real(lambda value: 0 <= value < 1),
         "eps": _above_0,
     },
     schema.DatasetConfig: {
@@ -185,6 +200,15 @@ def _together(config: schema.SpinConfig) -> list[str]:
     model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     rules = {
         "betas for each iteration": len(spin.ref_policy_kl_penalty) == loop.max_iterations,
+        "temperatures for each iteration": len(spin.temperature) == loop.max_iterations,
+        "epochs for each iteration": len(loop.max_epochs) == loop.max_iterations,
+        "iterations to replay": len(spin.replay_weights) <= max(1, loop.max_iterations - 1),
+        "responses that differ": spin.num_generations == 1
+        or not (spin.sampling_params.use_greedy or spin.first_rollouts_from_data),
+        "responses to choose from": spin.num_generations > 1 or spin.rejected_selection == "all",
+        "an equilibrium that can be measured": not loop.stop_at_equilibrium.is_asked_for
+        or (spin.held_out_rollouts > 0 and spin.refresh_reference),
+        "RMSProp without decay": optim.name != "rmsprop" or optim.weight_decay == 0,
         "learning rates for each iteration": len(optim.lr) == loop.max_iterations,
         "min_lr is below": optim.sched.min_lr <= min(optim.lr),
         "processes and layout": parallel.num_nodes * parallel.devices % model_parallel == 0,
@@ -194,7 +218,7 @@ def _together(config: schema.SpinConfig) -> list[str]:
         "windows of whole batches": (spin.rollout_window or 0) % config.global_batch_size == 0,
         "no sequence parallelism alone": parallel.tensor_model_parallel_size > 1 or not parallel.sequence_parallel,
         "greedy is greedy": not spin.sampling_params.use_greedy
-        or (spin.sampling_params.temperature, spin.sampling_params.top_k, spin.sampling_params.top_p) == (1, 0, 1),
+        or (max(spin.temperature), spin.sampling_params.top_k, spin.sampling_params.top_p) == (1, 0, 1),
         "lengths": not 0 < spin.length_params.max_length < spin.length_params.min_length,
         "held-out data": not spin.held_out_rollouts or config.validation_ds is not None,
         "a metric that there is": config.checkpoint.monitor == "val_loss" or spin.held_out_rollouts > 0,

@@ -172,6 +172,74 @@ def test_resolvers_and_plain_mappings() -> None:
         ({"model__spin__ref_policy_kl_penalty": [0.1, 0.2]}, "it has 2 values for trainer.spin.max_iterations = 3"),
         ({"model__spin__ref_policy_kl_penalty": [0.1] * 4}, "it has 4 values for trainer.spin.max_iterations = 3"),
         ({"model__optim__lr": [1e-5]}, "it has 1 values for trainer.spin.max_iterations = 3"),
+        # schedules: as many values as there are iterations, and none that contradicts another key
+        ({"trainer__spin__max_epochs": [1, 2]}, "max_epochs = .1, 2.: it has 2 values for .*max_iterations = 3"),
+        ({"trainer__spin__max_epochs": [1, 0, 1]}, "max_epochs = .*: use whole numbers of at least 1"),
+        ({"model__spin__sampling_params__temperature": [1.0, 0.7]}, "temperature = .*it has 2 values"),
+        (
+            {"model__spin__sampling_params__temperature": [1.0, 0.7, 0.0]},
+            "temperature = .*: use finite numbers above 0",
+        ),
+        (
+            {"model__spin__sampling_params__use_greedy": True, "model__spin__sampling_params__temperature": [1, 1, 2]},
+            "temperature = .1, 1, 2.: it contradicts use_greedy",
+        ),
+        # replay and several responses
+        (
+            {"model__spin__replay_iterations": 3},
+            "replay_iterations = 3: the last of .*max_iterations = 3 has 2 before it",
+        ),
+        ({"model__spin__replay_iterations": -1}, "replay_iterations = -1: use a whole number of at least 0"),
+        (
+            {"model__spin__replay_iterations": 2, "model__spin__replay_weights": [1]},
+            "for each of the replay_iterations = 2",
+        ),
+        ({"model__spin__replay_weights": [0]}, "replay_weights = .0.: give a number above 0"),
+        (
+            {"model__spin__replay_iterations": 0, "model__spin__replay_weights": [1]},
+            "for each of the replay_iterations = 0",
+        ),
+        ({"model__spin__num_generations": 0}, "num_generations = 0: use a whole number of at least 1"),
+        (
+            {"model__spin__num_generations": 2, "model__spin__sampling_params__use_greedy": True},
+            "num_generations = 2: greedy decoding makes the same response each time",
+        ),
+        (
+            {"model__spin__num_generations": 2, "model__spin__first_rollouts_from_data": True},
+            "num_generations = 2: the data bring one response to each prompt",
+        ),
+        ({"model__spin__rejected_selection": "best"}, "rejected_selection = 'best': with num_generations = 1"),
+        ({"model__spin__rejected_selection": "median"}, "rejected_selection = 'median': use one of all, best, worst"),
+        # losses
+        ({"model__spin__loss_type": "ipo"}, "loss_type = 'ipo': use one of logistic, hinge, exponential, correlation"),
+        ({"model__spin__label_smoothing": 0.5}, "label_smoothing = 0.5: use a number from 0 to below 0.5"),
+        ({"model__spin__sft_loss_weight": -1}, "sft_loss_weight = -1: use a finite number at least 0"),
+        # the end of the run
+        (
+            {"trainer__spin__stop_at_equilibrium__accuracy": 0.4},
+            "accuracy = 0.4: use a finite number at least 0.5 and at",
+        ),
+        ({"trainer__spin__stop_at_equilibrium__logps_gap": 0}, "logps_gap = 0: use a finite number above 0"),
+        (
+            {"trainer__spin__stop_at_equilibrium__exact_match": 2},
+            "exact_match = 2: use a finite number above 0 and at most",
+        ),
+        ({"trainer__spin__stop_at_equilibrium__kl": 2}, "unknown key trainer.spin.stop_at_equilibrium.kl"),
+        (
+            {"trainer__spin__stop_at_equilibrium__accuracy": 0.6, "model__spin__held_out_rollouts": 0},
+            "stop_at_equilibrium needs held-out responses: set model.spin.held_out_rollouts above 0",
+        ),
+        (
+            {
+                "trainer__spin__stop_at_equilibrium__accuracy": 0.6,
+                "model__spin__held_out_rollouts": 8,
+                "model__spin__refresh_reference": False,
+            },
+            "stop_at_equilibrium contradicts model.spin.refresh_reference = false",
+        ),
+        # RMSProp
+        ({"model__optim__name": "rmsprop", "model__optim__weight_decay": 0.1}, "weight_decay = 0.1: .*set it to 0"),
+        ({"model__optim__alpha": 1.0}, "model.optim.alpha = 1.0: use a number from 0 to below 1"),
         # what has to fit together
         ({"model__micro_batch_size": 3}, "global_batch_size = 64 is not divisible by micro_batch_size 3"),
         ({"trainer__devices": 3}, "not divisible by micro_batch_size 1 x data-parallel size 3: use a multiple of 3"),
@@ -217,6 +285,28 @@ def test_what_is_normalised() -> None:
     assert cfg.optim.sched.name == "CosineAnnealing"
     assert cfg.spin.rollout_window == 128
     assert cfg.precision == "32"
+
+
+def test_one_value_is_for_all_iterations() -> None:
+    cfg = parse_config(shipped(trainer__spin__max_epochs=2, model__spin__sampling_params__temperature=0.7))
+    assert (cfg.loop.max_epochs, cfg.spin.temperature, cfg.spin.sampling_params.temperature) == (
+        (2,) * 3,
+        (0.7,) * 3,
+        0.7,
+    )
+    listed = {"trainer__spin__max_epochs": [2, 1, 3], "model__spin__sampling_params__temperature": [1.0, 0.9, 0.8]}
+    cfg = parse_config(shipped(**listed))
+    assert (cfg.loop.max_epochs, cfg.spin.temperature) == ((2, 1, 3), (1.0, 0.9, 0.8))
+
+
+def test_the_method_is_the_papers_unless_told_otherwise() -> None:
+    spin = parse_config(shipped()).spin
+    assert (spin.replay_weights, spin.num_generations, spin.refresh_reference) == ((1.0,), 1, True)
+    assert dataclasses.astuple(spin.loss) == ("logistic", 0.0, 0.0, False)
+    assert parse_config(shipped(model__spin__replay_iterations=0)).spin.replay_weights == ()
+    # The default of 1 is not refused where there is nothing before the only iteration.
+    single = {"trainer__spin__max_iterations": 1, "model__spin__ref_policy_kl_penalty": 0.1}
+    assert parse_config(shipped(**single)).spin.replay_iterations == 1
 
 
 def test_overrides_are_checked_before_hydra() -> None:

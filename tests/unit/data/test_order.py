@@ -82,7 +82,7 @@ def test_weights_are_passes_over_a_file(shuffle):
     assert epoch_size(shares) == 4 + 5 + 6 + 5
     seen = torch.zeros(10, dtype=torch.int64)
     for iteration, epoch in itertools.product(range(2), range(2)):
-        order = epoch_order(shares, 7, iteration, epoch, shuffle, max_epochs=2)
+        order = epoch_order(shares, 7, iteration, epoch, shuffle, 2 * iteration + epoch)
         assert order.dtype == torch.int64 and len(order) == epoch_size(shares)
         assert counts(order, 0, 4) == [1] * 4
         assert counts(order, 14, 3) == [2] * 3
@@ -99,11 +99,11 @@ def test_weights_are_passes_over_a_file(shuffle):
 def test_weighted_orders_are_a_function_of_seed_iteration_and_epoch():
     shares = [Share(50, 0.3), Share(20, 1.0)]
     orders = {
-        tuple(epoch_order(shares, *place, shuffle=True, max_epochs=2).tolist())
+        tuple(epoch_order(shares, *place, shuffle=True, epochs_before=2 * place[1] + place[2]).tolist())
         for place in itertools.product((1, 2), (0, 1), (0, 1))
     }
     assert len(orders) == 8
-    assert tuple(epoch_order(shares, 2, 1, 1, shuffle=True, max_epochs=2).tolist()) in orders
+    assert tuple(epoch_order(shares, 2, 1, 1, shuffle=True, epochs_before=3).tolist()) in orders
 
 
 def test_a_file_with_weight_one_is_as_without_weights():

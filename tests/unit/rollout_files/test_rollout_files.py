@@ -26,7 +26,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 def rollout(index: int, iteration: int = 0) -> Rollout:
     # The last bit of a float counts.
     logp = -1.0 / (3 + index + iteration)
-    return Rollout(index, array("i", [index, 5, 2]), "stop" if index % 2 else "length", logp, logp * 7)
+    return Rollout(index, array("i", [index, 5, 2]), "stop" if index % 2 else "length", logp, logp * 7, sample=1)
 
 
 def row(made: Rollout) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_a_checkpoint_comes_before_the_directory(tmp_path: Path) -> None:
 def journal_of(path: Path, indices: range, origin: Origin = ORIGIN) -> Journal:
     journal = Journal(path, origin)
     for index in indices:
-        journal.append(Response(index, (index, 5, 2), "stop"))
+        journal.append(Response(index, (index, 5, 2), "stop", sample=1))
     journal.close()
     return journal
 
@@ -135,11 +135,11 @@ def test_a_torn_journal_holds_what_came_before(tmp_path: Path) -> None:
             with pytest.raises(UnreadableError):
                 read_journal(path, ORIGIN)
         else:
-            assert list(read_journal(path, ORIGIN)) == list(range(complete - 1))
+            assert list(read_journal(path, ORIGIN)) == [(index, 1) for index in range(complete - 1)]
     flipped = bytearray(whole)
     flipped[len(lines[0] + lines[1]) + 12] ^= 1
     path.write_bytes(flipped)
-    assert list(read_journal(path, ORIGIN)) == [0]
+    assert list(read_journal(path, ORIGIN)) == [(0, 1)]
     with pytest.raises(ForeignError):
         read_journal(path, Origin("weights-2", ORIGIN.settings))
 
@@ -149,7 +149,9 @@ def test_a_journal_goes_when_its_responses_are_in_a_part(tmp_path: Path) -> None
     journal_of(before.journal_path(1, 0), range(0, 4, 2))
     journal_of(before.journal_path(1, 1), range(1, 6, 2))
     reader = directory(tmp_path)
-    assert list(reader.read_parts()) == [] and sorted(reader.read_journals()) == [0, 1, 2, 3, 5]
+    assert list(reader.read_parts()) == [] and sorted(reader.read_journals()) == [
+        (index, 1) for index in (0, 1, 2, 3, 5)
+    ]
     journal_of(reader.journal_path(1, 0), range(4, 5))
     reader.add([rollout(index) for index in (0, 2, 4)])
     assert list(tmp_path.glob("journal-*")) == [before.journal_path(1, 1)], "it has what no part has"
@@ -183,5 +185,5 @@ def test_a_journal_that_cannot_be_written_is_given_up(tmp_path: Path, monkeypatc
     before.close()
     assert journal.error is not None and journal.error.errno == errno.ENOSPC
     journal.append(Response(2, (1, 2), "stop"))
-    assert list(read_journal(tmp_path / "journal-0-0-0", ORIGIN)) == [0]
+    assert list(read_journal(tmp_path / "journal-0-0-0", ORIGIN)) == [(0, 0)]
     assert journals.Journal(tmp_path / "no" / "such", ORIGIN).error is None
