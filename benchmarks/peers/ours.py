@@ -11,7 +11,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,6 +33,7 @@ from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.pairs import Example, Pair
 from nemo_spin.reporting import Reporter
+from nemo_spin.rollouts import Answer as GivenAnswer
 from nemo_spin.trainer import SPINTrainer
 
 _MODEL = Path(sys.argv[1])
@@ -90,6 +91,11 @@ def examples(texts: workloads.Texts) -> list[Example]:
     return [Example(i, tuple(prompt), tuple(chosen)) for i, (prompt, chosen) in enumerate(both)]
 
 
+def _answers(model: MegatronGPTSPINModel, responses: Sequence[Sequence[int]]) -> list[list[GivenAnswer]]:
+    """One to each example."""
+    return [[model.given_answer(ids)] for ids in responses]
+
+
 class Side:
     """One method for each command. name: of the workload, whose texts lie in the directory `data`."""
 
@@ -131,7 +137,7 @@ class Side:
             cfg = configuration(WORKLOADS[name], Path(data), Path(scratch))
             model = load(cfg)
             model.prepare_training(parse_config(cfg), WORKLOADS[name].context, frozenset({workloads.EOS_ID}))
-        rollouts = model.score_given(examples(texts)[some], texts.rejected[some])
+        rollouts = model.score_given(examples(texts)[some], _answers(model, texts.rejected[some]))
         return {
             "chosen": [rollout.ref_chosen_logps for rollout in rollouts],
             "rejected": [rollout.ref_rejected_logps for rollout in rollouts],
@@ -148,7 +154,7 @@ class Side:
         given = examples(texts)[:count]
         start = time.perf_counter()
         model.prepare_training(parse_config(cfg), WORKLOADS[name].context, frozenset({workloads.EOS_ID}))
-        rollouts = model.score_given(given, texts.rejected[:count])
+        rollouts = model.score_given(given, _answers(model, texts.rejected[:count]))
         model.start_schedule(LEARNING_RATE, len(given) // PAIRS_PER_STEP, 0, fresh=True)
         pairs = [
             Pair(example, tuple(rollout.rejected_ids), "stop", rollout.ref_chosen_logps, rollout.ref_rejected_logps)
