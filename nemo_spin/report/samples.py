@@ -70,7 +70,8 @@ def _chosen(iterations: list[Files]) -> np.ndarray:
     """Indices that are spread over the candidates which all iterations have."""
     if not iterations:
         return np.empty(0, dtype=np.int64)
-    candidates = next(iter(iterations[0].values()))[:_CANDIDATES]
+    # An index comes as often as there are responses to its prompt, of which the first one is shown.
+    candidates = np.unique(next(iter(iterations[0].values()))[:_CANDIDATES])
     for files in iterations[1:]:
         common = candidates[np.isin(candidates, np.concatenate(list(files.values())))]
         candidates = common if len(common) else candidates
@@ -102,7 +103,7 @@ def _read(wanted: np.ndarray, files: Files) -> dict[int, dict[str, Any]]:
                     batch = next(batches)
                     while rows and rows[0] < first + len(batch):
                         (values,) = batch.slice(rows.pop(0) - first, 1).to_pylist()
-                        found[values["index"]] = values
+                        found.setdefault(values["index"], values)
                     first += len(batch)
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(file, error) from None

@@ -169,6 +169,7 @@ def row(index: int, iteration: int, **changes: Any) -> dict[str, Any]:
     )
     values = {
         "index": index,
+        "sample": 0,
         "prompt": f"User: What is the square of {index}?\nAssistant:",
         "chosen": chosen,
         "rejected": rejected,
