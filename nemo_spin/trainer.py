@@ -203,7 +203,7 @@ class SPINTrainer:
             metrics = self.model.train_step(batch.pairs, beta)
         skipped = metrics.pop("skipped") > 0
         if self.progress.policy_is_reference and not skipped:
-            check_policy_equals_reference(metrics, beta, self.cfg.precision)
+            check_policy_equals_reference(metrics, beta, self.cfg.precision, self.cfg.spin.loss)
         self.progress.advance(len(batch.pairs), skipped)
         reached("train/step")
         seconds = self.stopwatch.last["train_step"]
