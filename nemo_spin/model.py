@@ -168,6 +168,7 @@ class MegatronGPTSPINModel(ModelPT):
         `end_strings`.
         """
         self._context_length = context_length
+        self._loss = cfg.spin.loss
         at_a_time = cfg.micro_batch_tokens, cfg.packed_sequence
         self._train_batching = self.batching(cfg.micro_batch_size, *at_a_time)
         self._score_batching = self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time)
@@ -191,7 +192,7 @@ class MegatronGPTSPINModel(ModelPT):
 
     def train_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
         """One optimizer step on the `trainable` pairs of a global batch; their metrics, as `spin_step` says them."""
-        metrics = steps.spin_step(self.optimizer, trainable(pairs), beta, self._train_batching)
+        metrics = steps.spin_step(self.optimizer, trainable(pairs), beta, self._train_batching, self._loss)
         if not metrics["skipped"]:
             self.reference.policy_moved()
         return metrics
@@ -206,7 +207,7 @@ class MegatronGPTSPINModel(ModelPT):
 
     def spin_validation_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
         """SPIN's metrics of a global batch of held-out pairs, summed over them."""
-        return steps.spin_metrics_of(self.gpt, pairs, beta, self._train_batching)
+        return steps.spin_metrics_of(self.gpt, pairs, beta, self._train_batching, self._loss)
 
     def peak_memory(self) -> int:
         """Bytes: the most that this process has held so far, on the GPU, or resident on the CPU."""

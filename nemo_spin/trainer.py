@@ -205,7 +205,7 @@ class SPINTrainer:
             self.cfg.spin.refresh_reference or self.progress.iteration == 0
         )
         if is_reference and not skipped:
-            check_policy_equals_reference(metrics, beta, self.cfg.precision)
+            check_policy_equals_reference(metrics, beta, self.cfg.precision, self.cfg.spin.loss)
         self.progress.advance(len(batch.pairs), skipped)
         reached("train/step")
         seconds = self.stopwatch.last["train_step"]
