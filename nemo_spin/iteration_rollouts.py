@@ -75,7 +75,7 @@ class IterationRollouts:
             self._note(self._store.write())
             self.unwritten = None
         self._iteration, self._given = iteration, given
-        settings = self._model.rollout_settings | {
+        settings = self._model.rollout_settings(iteration) | {
             "iteration": iteration,
             "data": self._dataset.digest,
             "source": "generated" if given is None else "given",

@@ -171,6 +171,7 @@ class MegatronGPTSPINModel(ModelPT):
         self._train_batching = self.batching(cfg.micro_batch_size, *at_a_time)
         self._score_batching = self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time)
         self._max_new_tokens = cfg.spin.length_params.max_length or context_length
+        self._temperature = cfg.spin.temperature
         self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
         self.reference = Reference(self.gpt, keep_copy=cfg.spin.rollout_window is not None)
         self._generator = self.generator(
@@ -213,13 +214,13 @@ class MegatronGPTSPINModel(ModelPT):
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    @property
-    def rollout_settings(self) -> dict[str, Any]:
-        """What rollouts depend on beside weights, prompts and iteration, as JSON has it."""
+    def rollout_settings(self, iteration: int) -> dict[str, Any]:
+        """What rollouts of an iteration depend on beside weights and prompts, as JSON has it."""
         return {
             "precision": self.precision,
             "max_new_tokens": self._max_new_tokens,
             **self._generator.settings,
+            "temperature": self._temperature[iteration],
         }
 
     def roll_out(
@@ -229,10 +230,12 @@ class MegatronGPTSPINModel(ModelPT):
         progress: Callable[[str, int], None] | None = None,
         **hooks: Any,
     ) -> list[Rollout] | None:
-        """The reference's responses to these prompts, and both reference log-probabilities.
+        """The reference's responses to these prompts, at the iteration's temperature, and both reference
+        log-probabilities.
 
         hooks: `answered`, `finished` and `interrupted` of `rollouts.roll_out`; None if it was interrupted.
         """
+        self._generator.temperature = self._temperature[iteration]
         with self.reference.swapped_in():
             return roll_out(
                 self.gpt,

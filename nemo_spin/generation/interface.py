@@ -22,11 +22,15 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Response:
-    """ids: with the stop token, if one was sampled. finish_reason: "stop", or "length" where the budget cut it off."""
+    """ids: with the stop token, if one was sampled. finish_reason: "stop", or "length" where the budget cut it off.
+
+    index, sample: of its request.
+    """
 
     index: int
     ids: tuple[int, ...]
     finish_reason: str
+    sample: int = 0
 
 
 @dataclass
@@ -63,10 +67,12 @@ class Engine(Protocol):
 
     stop_ids: a response ends with the first of these, which belongs to it.
     statistics: of the last call.
+    temperature: divides the logits, from the next call of `generate` on; of the `SamplingParams` at first.
     """
 
     stop_ids: frozenset[int]
     statistics: Statistics
+    temperature: float
 
     @property
     def settings(self) -> dict[str, Any]:

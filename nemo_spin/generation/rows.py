@@ -45,6 +45,10 @@ class Row:
         """Tokens of prompt and response at most."""
         return len(self.prompt_ids) + self.budget
 
+    def reads_as(self, other: Row) -> bool:
+        """Whether the model has read the same tokens so far, so that it need not read them twice."""
+        return self.length == other.length and self.ids == other.ids and self.prompt_ids == other.prompt_ids
+
 
 class Rules:
     """What responses depend on beside their requests and the weights. The arguments are those of `Generator`."""
@@ -62,7 +66,8 @@ class Rules:
         self.stop_ids = stop_ids
         self._max_sequence_length, self._min_length = max_sequence_length, min_length
         self._seed, self._should_stop = seed, should_stop
-        self.settings: dict[str, Any] = {
+        self.temperature = sampling.temperature
+        self._settings: dict[str, Any] = {
             "seed": seed,
             "vocab_size": vocab_size,
             "max_sequence_length": max_sequence_length,
@@ -70,6 +75,11 @@ class Rules:
             "stop_ids": sorted(stop_ids),
             **asdict(sampling),
         }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Engine.settings`."""
+        return {**self._settings, "temperature": self.temperature}
 
     def rows(self, requests: Sequence[GenerationRequest], iteration: int) -> list[Row]:
         """The rows of these requests, in their order. Raises DataError if a prompt leaves no room for a response."""
@@ -103,10 +113,22 @@ class Rules:
         return "length" if len(row.ids) == row.budget else None
 
 
+def distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """The rows that have to be read: of those that read the same, the first. And, for every row, its place in them."""
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    read, copies = [], []
+    for row in rows:
+        place = places.setdefault((row.prompt_ids, tuple(row.ids)), len(read))
+        if place == len(read):
+            read.append(row)
+        copies.append(place)
+    return read, copies
+
+
 def response_of(request: GenerationRequest, row: Row) -> Response:
     """Of a row that is finished."""
     assert row.finish_reason is not None
-    return Response(request.index, tuple(row.ids), row.finish_reason)
+    return Response(request.index, tuple(row.ids), row.finish_reason, request.sample)
 
 
 def finished_responses(requests: Sequence[GenerationRequest], rows: Sequence[Row]) -> list[Response]:
