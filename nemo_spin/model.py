@@ -173,6 +173,7 @@ class MegatronGPTSPINModel(ModelPT):
         self._train_batching = self.batching(cfg.micro_batch_size, *at_a_time)
         self._score_batching = self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time)
         self._max_new_tokens = cfg.spin.length_params.max_length or context_length
+        self._temperature = cfg.spin.temperature
         self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
         self.reference = Reference(self.gpt, keep_copy=cfg.spin.keeps_reference)
         self._generator = self.generator(
@@ -221,6 +222,8 @@ class MegatronGPTSPINModel(ModelPT):
             "precision": self.precision,
             "max_new_tokens": self._max_new_tokens,
             **self._generator.settings,
+            # A run that has ended stands at the start of an iteration that it does not have.
+            "temperature": self._temperature[min(iteration, len(self._temperature) - 1)],
         }
 
     def roll_out(
@@ -230,11 +233,13 @@ class MegatronGPTSPINModel(ModelPT):
         progress: Callable[[str, int], None] | None = None,
         **hooks: Any,
     ) -> list[Rollout] | None:
-        """The reference's responses to these prompts, and its log-probabilities of these and of the human ones.
+        """The reference's responses to these prompts, at the iteration's temperature, and its log-probabilities of these
+        and of the human ones.
 
         hooks: `answered`, `finished`, `interrupted` and `num_generations` of `rollouts.roll_out`; None if it was
         interrupted.
         """
+        self._generator.temperature = self._temperature[iteration]
         with self.reference.swapped_in():
             return roll_out(
                 self.gpt,
