@@ -233,7 +233,7 @@ class MegatronGPTSPINModel(ModelPT):
         progress: Callable[[str, int], None] | None = None,
         **hooks: Any,
     ) -> list[Rollout] | None:
-        """The reference's responses to these prompts, at the iteration's temperature, and its log-probabilities of these
+        """The reference's responses to these prompts, at the iteration's temperature, and its log-probabilities of them
         and of the human ones.
 
         hooks: `answered`, `finished`, `interrupted` and `num_generations` of `rollouts.roll_out`; None if it was
