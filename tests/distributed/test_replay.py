@@ -157,8 +157,7 @@ def test_a_reference_that_is_not_refreshed_stays_the_sft_model(
     assert run["history"][3]["loss"] != pytest.approx(0.693147, abs=1e-3), "in the second iteration it has moved away"
     # Interrupted where the second iteration begins, with a reference that is not the policy.
     directory = str(tmp_path / "run")
-    workers.run(training_run, *inputs, directory, interrupt_after=3, **fixed)
+    workers.run(training_run, *inputs, directory, interrupt_after=4, **fixed)
     end = workers.run(training_run, *inputs, directory, resume=True, **fixed)[0]
-    whole = workers.run(training_run, *inputs, str(tmp_path / "whole"), **fixed)[0]
-    assert end["history"] == whole["history"][3 - len(whole["history"]) :][-len(end["history"]) :]
-    assert len(end["history"]) in (3, 4)
+    assert [step["step"] for step in end["history"]] == [4, 5, 6]
+    assert [step["loss"] for step in end["history"]] == [step["loss"] for step in run["history"][3:]]
