@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import training_run
 from selfplay import SelfPlay, relative_distance, whole_weights
 from toy import to_transformers
 
 from nemo_spin.config import LossConfig
-from nemo_spin.losses import PAPER
+from nemo_spin.losses import LN_2, PAPER
 from nemo_spin.megatron import steps
+from nemo_spin.metrics_log import FILE_NAME
 from nemo_spin.pairs import Example, Pair
 
 EVERYTHING = LossConfig("hinge", label_smoothing=0.1, sft_loss_weight=0.3, preference_average_log_probs=True)
@@ -218,3 +222,29 @@ def test_what_pairs_share_is_computed_once(workers: Any) -> None:
     assert computed(micro_batch_size=5) == sum(shared.values()) + rejected
     # One at a time there is nothing to share.
     assert computed(micro_batch_size=1) == computed(micro_batch_size=1, unshared=True)
+
+
+# ---------------------------------------------------------------------------------------- in a run
+
+
+@pytest.mark.parametrize("loss_type", ["logistic", "hinge"])
+def test_a_run_trains_with_the_loss_of_its_configuration(
+    workers: Any, inputs: tuple[str, str], tmp_path: Path, loss_type: str
+) -> None:
+    keys = {
+        "loss_type": loss_type,
+        "label_smoothing": 0.1,
+        "sft_loss_weight": 0.5,
+        "preference_average_log_probs": True,
+    }
+    options = {f"model.spin.{key}": value for key, value in keys.items()}
+    options["model.spin.ref_policy_kl_penalty"] = [2.0, 4.0]
+    (result,) = workers.run(training_run, *inputs, str(tmp_path), **options)
+    assert result["finished"]
+    lines = map(json.loads, (tmp_path / FILE_NAME).read_text().splitlines())
+    trained = [line for line in lines if line["kind"] == "train"]
+    # Six steps an iteration; that the first one is accepted says that the check knows the loss.
+    at_zero = LN_2 if loss_type == "logistic" else 1.0
+    assert [trained[i]["spin_loss"] for i in (0, 6)] == pytest.approx([at_zero] * 2, abs=1e-4)
+    for line in trained:
+        assert line["loss"] == pytest.approx(line["spin_loss"] + 0.5 * line["sft_loss"], rel=1e-6)
