@@ -127,7 +127,7 @@ def _load_first_whole(best_first: Sequence[Stored], model: MegatronGPTSPINModel,
     for stored in best_first:
         path, name = stored.path, _name(stored.progress)
         if stored.position == here:
-            say(f"What is written are the weights after {name}, the last ones, which are the best.")
+            say(f"What is written are the weights after {name}, which are the last ones.")
             return
         if not (faults := faults_in(path)):
             beat("loading the best checkpoint")
