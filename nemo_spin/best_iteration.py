@@ -71,8 +71,8 @@ def best_in_words(figures: Sequence[Figure], monitor: str, mode: str) -> str:
     if not checkpoints:
         return ""
     best = checkpoints[0]
-    # those within iterations may be many, and only the best is of interest
-    listed = [figure for figure in figures if figure is best or not figure.name.startswith("step")]
+    # those within iterations may be many: of them the best is of interest, and the last, where max_steps ended the run
+    listed = [f for f in figures if f is best or f is figures[-1] or not f.name.startswith("step")]
     all_of_them = ", ".join(f"{figure.name} {figure.value:.4f}" for figure in listed)
     extreme = "lowest" if mode == "min" else "highest"
     if ranked(figures, mode)[0].checkpoint is None:

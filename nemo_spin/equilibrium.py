@@ -126,7 +126,8 @@ def in_words(metrics: Mapping[str, float], iteration: int, pairs: int, held_out:
     accuracy = ""
     if PREFIX + "accuracy" in metrics:
         value = metrics[PREFIX + "accuracy"]
-        accuracy = f"; told apart in iteration {iteration - 1} with accuracy {value:.3f} +- {accuracy_error(pairs):.3f}"
+        chance = f"by chance 0.5 +- {accuracy_error(pairs):.3f}"
+        accuracy = f"; told apart in iteration {iteration - 1} with accuracy {value:.3f} ({chance})"
     kind = "held-out" if held_out else "training"
     return (
         f"Iteration {iteration}: the generated response against the human one, on {pairs:,} {kind} pairs: "
@@ -135,5 +136,5 @@ def in_words(metrics: Mapping[str, float], iteration: int, pairs: int, held_out:
 
 
 def accuracy_error(pairs: int) -> float:
-    """Standard error of an accuracy near 0.5 on so many pairs: it tells what a distance from 0.5 is worth."""
+    """Standard error of an accuracy on so many pairs that cannot be told apart."""
     return 0.5 / math.sqrt(pairs)

@@ -64,6 +64,11 @@ def test_of_checkpoints_within_iterations_only_the_best_is_listed() -> None:
     )
 
 
+def test_a_run_that_ended_within_an_iteration_lists_its_end() -> None:
+    said = words([*ENDS[:1], stored(60, 1, 20, value=1.3, keep=False), stored(50, 1, 10, value=1.4, keep=False)])
+    assert said.endswith("the lowest of iteration 0 1.2500, step 60 of iteration 1 1.3000.")
+
+
 def test_of_equals_the_earlier_is_best_and_of_one_place_the_later_checkpoint_counts() -> None:
     twice = [stored(40, 1, value=1.0), stored(40, 1, value=1.0, serial=3, suffix="-2"), stored(80, 2, value=1.0)]
     assert words(twice).startswith("Best val_loss: 1.0000 after iteration 0 (checkpoints/iteration-001-step-0000040-2)")

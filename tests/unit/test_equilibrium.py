@@ -142,5 +142,5 @@ def test_the_reason_has_figures_and_limits() -> None:
     assert in_words(NEAR, 3, 100, held_out=True) == (
         "Iteration 3: the generated response against the human one, on 100 held-out pairs: log-probability under the "
         "reference -0.012 +- 0.003 nats per token, 25.0% equal to it, overlap of tokens 0.800; told apart in iteration "
-        "2 with accuracy 0.512 +- 0.050."
+        "2 with accuracy 0.512 (by chance 0.5 +- 0.050)."
     )
