@@ -77,7 +77,7 @@ def estimate(
     capacity = min(longest + new_tokens, context_length)
     # Without a number there are as many as there is memory for, and at least one.
     slots = cfg.spin.rollout_batch_size * groups_wanted(pp) if cfg.spin.rollout_batch_size else 1
-    slots = min(slots, math.ceil(examples / parallel.data_parallel_size))
+    slots = min(slots, math.ceil(examples / parallel.data_parallel_size) * cfg.spin.num_generations)
     kv_per_token = 2 * layers * transformer["num_query_groups"] // tp * transformer["kv_channels"] * bytes_per_value
 
     kv_cache = slots * capacity * kv_per_token
