@@ -2,8 +2,8 @@
 
     python docs/make_configuration.py
 
-Keys, defaults and explanations are the YAML's; types come from nemo_spin/config/schema.py, and what is accepted for
-NeMo-Aligner's sake from nemo_spin/config/translate.py and unread.py.
+Keys, defaults and explanations are the YAML's; types come from the schema in nemo_spin/config/, and what is accepted
+for NeMo-Aligner's sake from nemo_spin/config/translate.py and unread.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from nemo_spin.config import config_dir, schema
+from nemo_spin.config import algorithm, config_dir, schema
 from nemo_spin.config.keys import KEYS
 from nemo_spin.config.translate import TRANSLATED
 from nemo_spin.config.unread import UNREAD
@@ -63,12 +63,13 @@ WITHOUT_DEFAULT = {
 _SECTION_TYPES: dict[str, tuple[type, ...]] = {
     "trainer": (schema.ParallelConfig,),
     "trainer.spin": (schema.LoopConfig,),
+    "trainer.spin.stop_at_equilibrium": (schema.EquilibriumConfig,),
     "exp_manager.checkpoint_callback_params": (schema.CheckpointConfig,),
     "model": (schema.ParallelConfig, schema.SpinConfig),
-    "model.spin": (schema.AlgorithmConfig,),
-    "model.spin.sampling_params": (schema.SamplingParams,),
-    "model.spin.length_params": (schema.LengthParams,),
-    "model.spin.guards": (schema.GuardsConfig,),
+    "model.spin": (algorithm.AlgorithmConfig, algorithm.LossConfig),
+    "model.spin.sampling_params": (algorithm.SamplingParams,),
+    "model.spin.length_params": (algorithm.LengthParams,),
+    "model.spin.guards": (algorithm.GuardsConfig,),
     "model.optim": (schema.OptimConfig,),
     "model.optim.sched": (schema.SchedConfig,),
     "model.data.train_ds": (schema.DatasetConfig,),

@@ -8,24 +8,20 @@ Everything that can be refused without opening a file is refused by `parse_confi
 
 from __future__ import annotations
 
+from nemo_spin.config.algorithm import AlgorithmConfig, GuardsConfig, LengthParams, LossConfig, SamplingParams
 from nemo_spin.config.files import config_dir
 from nemo_spin.config.overrides import addable_overrides, check_overrides, with_shipped_configurations
 from nemo_spin.config.parse import LOGGERS, parse_config, register_resolvers, resolved, with_defaults
 from nemo_spin.config.parse_algorithm import parse_sampling
 from nemo_spin.config.review import notices
 from nemo_spin.config.schema import (
-    AlgorithmConfig,
     CheckpointConfig,
     DatasetConfig,
     EquilibriumConfig,
-    GuardsConfig,
-    LengthParams,
     LoopConfig,
-    LossConfig,
     OptimConfig,
     ParallelConfig,
     RecomputeConfig,
-    SamplingParams,
     SchedConfig,
     SpinConfig,
     TokenizerConfig,

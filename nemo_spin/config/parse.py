@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_spin.config.keys import check_keys
 from nemo_spin.config.parse_algorithm import parse_algorithm
 from nemo_spin.config.parse_data import parse_dataset, parse_tokenizer, parse_validation
+from nemo_spin.config.parse_optim import parse_optim
 from nemo_spin.config.plain import check_plain
 from nemo_spin.config.schema import (
     MAX_ITERATIONS,
@@ -22,10 +23,8 @@ from nemo_spin.config.schema import (
     CheckpointConfig,
     EquilibriumConfig,
     LoopConfig,
-    OptimConfig,
     ParallelConfig,
     RecomputeConfig,
-    SchedConfig,
     SpinConfig,
 )
 from nemo_spin.config.translate import translate
@@ -36,12 +35,10 @@ _PRECISIONS = {
     **dict.fromkeys(("32", "32-true", "fp32"), "32"),
     **dict.fromkeys(("bf16", "bf16-mixed"), "bf16"),
 }
-_OPTIMIZERS = ("adam", "adamw", "fused_adam", "distributed_fused_adam", "mcore_distributed_optim", "rmsprop")
 # metric of a validation -> what is best
 _MONITORS = {"val_loss": "min", "val/loss": "min", "val/rewards/margins": "max", "val/rewards/accuracies": "max"}
 # the loggers of exp_manager that are offered, each with a switch create_*_logger
 LOGGERS = ("tensorboard", "wandb", "mlflow")
-_SCHEDULES = ("CosineAnnealing", "LinearAnnealing", "Constant")
 
 
 def register_resolvers() -> None:
@@ -101,7 +98,7 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
         loop=loop,
         spin=spin,
         parallel=parallel,
-        optim=_optim(model.section("optim"), loop.max_iterations),
+        optim=parse_optim(model.section("optim"), loop.max_iterations),
         train_ds=parse_dataset(data.section("train_ds"), data, shuffle=True),
         validation_ds=parse_validation(data),
         micro_batch_size=micro_batch_size,
@@ -283,38 +280,6 @@ def _precision(trainer: Section) -> str:
     if isinstance(value, bool) or str(value) not in _PRECISIONS:
         raise trainer.error("precision", "use bf16, bf16-mixed, 32, 32-true or fp32")
     return _PRECISIONS[str(value)]
-
-
-def _optim(section: Section, max_iterations: int) -> OptimConfig:
-    betas = section.numbers("betas", (0.9, 0.98))
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise section.error("betas", "use two numbers from 0 to below 1, such as [0.9, 0.98]")
-    lr = section.per_iteration("lr", max_iterations)
-    sched = section.section("sched")
-    min_lr = sched.number("min_lr", 0.0, minimum=0.0)
-    if min_lr > min(lr):
-        raise sched.error("min_lr", f"it must not be above the learning rate model.optim.lr = {min(lr)}")
-    name = section.choice("name", _OPTIMIZERS, "distributed_fused_adam")
-    weight_decay = section.number("weight_decay", 0.0, minimum=0.0)
-    if name == "rmsprop" and weight_decay:
-        raise section.error("weight_decay", "torch's RMSProp would divide it by the gradient's size; set it to 0")
-    alpha = section.number("alpha", 0.99, minimum=0.0)
-    if alpha >= 1.0:
-        raise section.error("alpha", "use a number from 0 to below 1")
-    return OptimConfig(
-        name=name,
-        lr=lr,
-        weight_decay=weight_decay,
-        alpha=alpha,
-        betas=(betas[0], betas[1]),
-        eps=section.number("eps", 1e-8, above=0.0),
-        sched=SchedConfig(
-            name=sched.choice("name", _SCHEDULES, "Constant"),
-            warmup_steps=sched.integer("warmup_steps", 0, minimum=0),
-            constant_steps=sched.integer("constant_steps", 0, minimum=0),
-            min_lr=min_lr,
-        ),
-    )
 
 
 def _recompute(model: Section) -> RecomputeConfig:

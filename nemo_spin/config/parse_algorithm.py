@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_spin.config.schema import (
+from nemo_spin.config.algorithm import (
     LOSS_TYPES,
     REJECTED_SELECTIONS,
     AlgorithmConfig,

@@ -1,4 +1,4 @@
-"""What `SpinConfig` promises, field by field, after the docstrings of config/schema.py and not after its parser."""
+"""What `SpinConfig` promises, field by field, after the docstrings of its schema and not after its parser."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from nemo_spin.config import schema
+from nemo_spin.config import algorithm, schema
 from nemo_spin.data.conversations import ChatPromptTokens
 
 Test = Callable[[Any], bool]
@@ -75,7 +75,7 @@ FIELDS: dict[type, dict[str, Test]] = {
         "logps_gap": _none_or(_above_0),
         **dict.fromkeys(("exact_match", "token_overlap"), _none_or(_real(lambda value: 0 < value <= 1))),
     },
-    schema.SamplingParams: {
+    algorithm.SamplingParams: {
         "use_greedy": _flag,
         "temperature": _above_0,
         "top_k": _whole(0),
@@ -83,17 +83,17 @@ FIELDS: dict[type, dict[str, Test]] = {
         "repetition_penalty": _above_0,
         "end_strings": _tuple(_text),
     },
-    schema.GuardsConfig: {
+    algorithm.GuardsConfig: {
         **dict.fromkeys(("empty", "repeated", "cut_off"), _none_or(_real(lambda value: 0 < value <= 1))),
         **dict.fromkeys(("entropy", "falling_chosen"), _none_or(_above_0)),
     },
-    schema.LossConfig: {
+    algorithm.LossConfig: {
         "loss_type": _one_of("logistic", "hinge", "exponential", "correlation"),
         "label_smoothing": _real(lambda value: 0 <= value < 0.5),
         "sft_loss_weight": _at_least_0,
     },
-    schema.LengthParams: {"max_length": _whole(0), "min_length": _whole(0)},
-    schema.AlgorithmConfig: {
+    algorithm.LengthParams: {"max_length": _whole(0), "min_length": _whole(0)},
+    algorithm.AlgorithmConfig: {
         "ref_policy_kl_penalty": _tuple(_above_0, 1),
         "temperature": _tuple(_above_0, 1),
         "num_generations": _whole(1),
@@ -107,12 +107,6 @@ FIELDS: dict[type, dict[str, Test]] = {
         "reset_optimizer": _flag,
         "held_out_rollouts": _whole(0),
         "first_rollouts_from_data": _flag,
-    },
-    schema.EquilibriumConfig: {
-        "accuracy": _none_or(_real(lambda accuracy: 0.5 <= accuracy <= 1)),
-        "logps_gap": _none_or(_above_0),
-        "exact_match": _none_or(_real(lambda share: 0 < share <= 1)),
-        "token_overlap": _none_or(_real(lambda share: 0 < share <= 1)),
     },
     schema.ParallelConfig: {
         "num_nodes": _whole(1),
@@ -228,7 +222,6 @@ def _together(config: schema.SpinConfig) -> list[str]:
         "lengths": not 0 < spin.length_params.max_length < spin.length_params.min_length,
         "held-out data": not spin.held_out_rollouts or config.validation_ds is not None,
         "a metric that there is": config.checkpoint.monitor == "val_loss" or spin.held_out_rollouts > 0,
-        "held-out data for the equilibrium": not loop.stop_at_equilibrium.is_asked_for or spin.held_out_rollouts > 0,
         "a best model that can be told": not config.checkpoint.save_best_model
         or (config.validation_ds and (config.checkpoint.monitor != "val_loss" or loop.limit_val_batches > 0)),
         "a tokenizer": config.tokenizer is None
