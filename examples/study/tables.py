@@ -1,0 +1,130 @@
+"""What is written in the HTML report and in docs/study.md alike: the introduction, and figures in rows and cells."""
+
+from __future__ import annotations
+
+import math
+
+from claims import Claim, Comparison
+from findings import SFT_MODEL, Estimate, Study
+from tasks import Figure
+
+_KL = (Figure("kl", "KL(data, policy)", "lower", "{:.4f}"), Figure("predicted_kl", "by Theorem 5.4", "none", "{:.4f}"))
+_LANGUAGE = (
+    *_KL,
+    Figure("floor", "by counting", "none", "{:.4f}"),
+    Figure("train/rewards/accuracies/late", "SPIN's accuracy", "none"),
+)
+
+
+def introduction(study: Study) -> list[str]:
+    """Paragraphs: what was done, at what scale, and how long it took."""
+    scale, numbers = study.scale, study.known["numbers"]
+    paragraphs = [
+        "Chen et al. 2024 (arXiv 2401.01335) tried SPIN with one model of 7 billion parameters. Here every claim of "
+        "theirs "
+        "is looked up with models of some hundred thousand parameters that are made on the spot, with several seeds, "
+        "on "
+        f"tasks where the answer can be computed. All numbers come from runs of this package: scale {scale.name!r}, "
+        f"{scale.seeds} seeds{f', {scale.gsm8k_seeds} on GSM8K' if study.has_gsm8k else ''}. Learning rates, betas and "
+        "sizes were chosen on seed 0; the study has the seeds from 1 on.",
+        f"Numbers in words: a model learns ({numbers.sft.steps} steps) to write numbers in words from "
+        f"{numbers.train:,} "
+        "answers of careless people, 45% of which have a mistake; SPIN and its controls then train on up to "
+        f"{max(*scale.sizes, scale.examples):,} right answers, {scale.examples:,} unless said otherwise, "
+        f"{numbers.epochs} epochs an iteration, batches of {numbers.batch_size}, learning rate {numbers.lr:g}, beta 5. "
+        f"Figures are of {scale.held_out:,} held-out numbers.",
+        "A claim holds where the 95% confidence interval of the mean paired difference (Student's t over seeds) lies "
+        "on "
+        "the claimed side of zero, fails where it lies on the other, and is undecided where zero is inside; of several "
+        "comparisons all have to hold. The rules were written before the first run. With some dozens of comparisons "
+        "one or "
+        "two come out wrongly by chance.",
+    ]
+    if study.has_gsm8k:
+        text = study.known["gsm8k"]
+        paragraphs.append(
+            f"Real text: GSM8K's {text.train:,} problems that fit into {text.context} tokens with their answers; a "
+            "model "
+            f"from scratch ({scale.gsm8k_shape.label}) learns them ({text.sft.steps} steps of {text.sft.batch_size}) "
+            "and then "
+            f"plays on the same ones, {text.epochs} epoch an iteration, batches of {text.batch_size}, learning rate "
+            f"{text.lr:g}, beta {text.beta:g}. Figures are of {text.held_out} held-out problems."
+        )
+    else:
+        paragraphs.append(
+            "Real text was left out: GSM8K was not there. Give its directory with --gsm8k, with train.jsonl and "
+            'validation.jsonl, one {"input", "output"} a line.'
+        )
+    spent = study.spent()
+    parts = ", ".join(
+        f"{name} {spent[name] / 60:.1f}"
+        for name in ("SFT", "rollouts", "training steps", "measuring", "others")
+        if name in spent
+    )
+    number = sum(len(results) for results in study.results.values())
+    paragraphs.append(
+        f"Time: {study.seconds['wall'] / 60:.1f} minutes for {study.seconds['runs']:.0f} runs that were not there "
+        "yet; all "
+        f"{number} runs together took {spent.get('all', 0.0) / 60:.1f} minutes of one process: {parts}. Runs that "
+        "failed: "
+        f"{len(study.failures)}."
+    )
+    return paragraphs
+
+
+def comparisons(claim: Claim) -> list[list[str]]:
+    """Rows: words, this, other, difference, seeds, verdict."""
+    return [
+        [
+            comparison.words,
+            _with_error(comparison.this, comparison.form),
+            "-" if comparison.other is None else _with_error(comparison.other, comparison.form),
+            _difference(comparison),
+            str(comparison.difference.number),
+            comparison.verdict,
+        ]
+        for comparison in claim.comparisons
+    ]
+
+
+def all_figures(study: Study) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Tables of every variant after every iteration: title, columns, rows; means and standard errors."""
+    found = []
+    for task, title, figures in (
+        ("language", "The language", _LANGUAGE),
+        *((name, known.label, known.figures) for name, known in study.known.items()),
+    ):
+        rows = []
+        for name, variant in study.variants.items():
+            if variant.job.task != task:
+                continue
+            if variant.job.kind in ("start", "language"):
+                iterations = study.iterations(name)
+            else:
+                iterations = [i for i in study.iterations(name) if i != SFT_MODEL]
+            for iteration in iterations:
+                after = (
+                    ""
+                    if iteration == SFT_MODEL
+                    else f", after {'round' if variant.job.kind == 'sft' else 'iteration'} {iteration}"
+                )
+                cells = [_with_error(study.estimate(name, iteration, f.key), f.form) for f in figures]
+                rows.append([f"{variant.label}{after}", *cells])
+        found.append(
+            (f"{title}: means over seeds and their standard errors", ["policy", *(f.label for f in figures)], rows)
+        )
+    return found
+
+
+def _with_error(estimate: Estimate, form: str) -> str:
+    if estimate.number == 0:
+        return "-"
+    return form.format(estimate.mean) + ("" if math.isnan(estimate.error) else f" ± {form.format(estimate.error)}")
+
+
+def _difference(comparison: Comparison) -> str:
+    d = comparison.difference
+    if d.number == 0:
+        return "-"
+    sign = f"{d.mean:+.3f}"
+    return sign if math.isnan(d.interval) else f"{sign} ({d.mean - d.interval:+.3f} to {d.mean + d.interval:+.3f})"
