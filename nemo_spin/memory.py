@@ -67,7 +67,9 @@ def estimate(
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     bytes_per_value = _BYTES[cfg.precision]
     per_device = _parameters_per_device(architecture, tp, pp)
-    moments_and_main = 12 if cfg.precision == "bf16" else 8
+    # Adam keeps two moments, RMSProp one.
+    moments = 4 if cfg.optim.is_rmsprop else 8
+    moments_and_main = moments + (4 if cfg.precision == "bf16" else 0)
     shards = parallel.data_parallel_size if cfg.optim.distributed else 1
     layers = transformer["num_layers"] // pp
 
@@ -75,7 +77,7 @@ def estimate(
     capacity = min(longest + new_tokens, context_length)
     # Without a number there are as many as there is memory for, and at least one.
     slots = cfg.spin.rollout_batch_size * groups_wanted(pp) if cfg.spin.rollout_batch_size else 1
-    slots = min(slots, math.ceil(examples / parallel.data_parallel_size))
+    slots = min(slots, math.ceil(examples / parallel.data_parallel_size) * cfg.spin.num_generations)
     kv_per_token = 2 * layers * transformer["num_query_groups"] // tp * transformer["kv_channels"] * bytes_per_value
 
     kv_cache = slots * capacity * kv_per_token
@@ -87,7 +89,7 @@ def estimate(
     generations += cfg.spin.pairs_per_example * cfg.spin.replay_iterations
     rollout_bytes = 4 * examples * new_tokens * generations
     # The first replica writes weights and optimizer; the distributed one is gathered, with fp32 parameters, for that.
-    checkpoint = (bytes_per_value + (12 if cfg.optim.distributed else moments_and_main)) * per_device
+    checkpoint = (bytes_per_value + (moments + 4 if cfg.optim.distributed else moments_and_main)) * per_device
     # While the reference is in the model, the policy waits beside where it was.
     reference = 2 * bytes_per_value * per_device if cfg.spin.keeps_reference else 0
     return MemoryEstimate(

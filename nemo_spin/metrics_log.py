@@ -1,8 +1,9 @@
 """Where a run's metrics go: metrics.jsonl in its directory, and the loggers that exp_manager attached.
 
 metrics.jsonl has one object per line: `time` (Unix seconds), `kind`, `step` (optimizer steps of the whole run),
-`iteration`, and metrics by their names; a `warning` has `guard` and `text` instead. After a `resume` line at step s,
-lines before it with a later step no longer count: that part of the run was done again.
+`iteration`, and metrics by their names; a `warning` has `guard` and `text` instead. A `start` or `resume` line has
+`total_steps`, of the whole run, and the `end` of a run that ended at its equilibrium a `reason`. After a `resume` line
+at step s, lines before it with a later step no longer count: that part of the run was done again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import FileIO
@@ -56,7 +57,10 @@ class MetricsLog:
         self._told: set[str] = set()
 
     def write(self, kind: str, progress: Progress, metrics: dict[str, float], **position: int) -> None:
-        """kind: start, train, rollout, validation, checkpoint, iteration, resume or end. position: further counts."""
+        """kind: start, train, rollout, equilibrium, validation, checkpoint, iteration or resume.
+
+        position: further counts.
+        """
         counts = {"step": progress.step, "iteration": progress.iteration, **position}
         self._append({"kind": kind, **counts, **metrics})
         if metrics:
@@ -66,8 +70,11 @@ class MetricsLog:
 
     def write_warning(self, warning: GuardWarning, progress: Progress) -> None:
         """A line of the kind `warning`: `guard`, its name, and `text`."""
-        position = {"step": progress.step, "iteration": progress.iteration}
-        self._append({"kind": "warning", **position, "guard": warning.guard, "text": warning.text})
+        self.write_text("warning", progress, {"guard": warning.guard, "text": warning.text})
+
+    def write_text(self, kind: str, progress: Progress, texts: Mapping[str, str]) -> None:
+        """A line of texts, which loggers do not get. kind: warning or end."""
+        self._append({"kind": kind, "step": progress.step, "iteration": progress.iteration, **texts})
 
     def finish(self, succeeded: bool) -> None:
         """Tell the loggers that the run is over."""

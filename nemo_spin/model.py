@@ -168,10 +168,12 @@ class MegatronGPTSPINModel(ModelPT):
         `end_strings`.
         """
         self._context_length = context_length
+        self._loss = cfg.spin.loss
         at_a_time = cfg.micro_batch_tokens, cfg.packed_sequence
         self._train_batching = self.batching(cfg.micro_batch_size, *at_a_time)
         self._score_batching = self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time)
         self._max_new_tokens = cfg.spin.length_params.max_length or context_length
+        self._temperature = cfg.spin.temperature
         self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
         self.reference = Reference(self.gpt, keep_copy=cfg.spin.keeps_reference)
         self._generator = self.generator(
@@ -191,7 +193,7 @@ class MegatronGPTSPINModel(ModelPT):
 
     def train_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
         """One optimizer step on the `trainable` pairs of a global batch; their metrics, as `spin_step` says them."""
-        metrics = steps.spin_step(self.optimizer, trainable(pairs), beta, self._train_batching)
+        metrics = steps.spin_step(self.optimizer, trainable(pairs), beta, self._train_batching, self._loss)
         if not metrics["skipped"]:
             self.reference.policy_moved()
         return metrics
@@ -206,7 +208,7 @@ class MegatronGPTSPINModel(ModelPT):
 
     def spin_validation_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
         """SPIN's metrics of a global batch of held-out pairs, summed over them."""
-        return steps.spin_metrics_of(self.gpt, pairs, beta, self._train_batching)
+        return steps.spin_metrics_of(self.gpt, pairs, beta, self._train_batching, self._loss)
 
     def peak_memory(self) -> int:
         """Bytes: the most that this process has held so far, on the GPU, or resident on the CPU."""
@@ -220,6 +222,8 @@ class MegatronGPTSPINModel(ModelPT):
             "precision": self.precision,
             "max_new_tokens": self._max_new_tokens,
             **self._generator.settings,
+            # A run that has ended stands at the start of an iteration that it does not have.
+            "temperature": self._temperature[min(iteration, len(self._temperature) - 1)],
         }
 
     def roll_out(
@@ -229,11 +233,13 @@ class MegatronGPTSPINModel(ModelPT):
         progress: Callable[[str, int], None] | None = None,
         **hooks: Any,
     ) -> list[Rollout] | None:
-        """The reference's responses to these prompts, and its log-probabilities of these and of the human ones.
+        """The reference's responses to these prompts, at the iteration's temperature, and its log-probabilities of them
+        and of the human ones.
 
         hooks: `answered`, `finished`, `interrupted` and `num_generations` of `rollouts.roll_out`; None if it was
         interrupted.
         """
+        self._generator.temperature = self._temperature[iteration]
         with self.reference.swapped_in():
             return roll_out(
                 self.gpt,

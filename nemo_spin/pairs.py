@@ -88,6 +88,12 @@ class ResponseGroup:
         """Chosen first, then rejected."""
         return cls(pair.example.prompt_ids, (pair.example.response_ids, pair.rejected_ids))
 
+    @classmethod
+    def merged(cls, groups: Sequence[ResponseGroup]) -> ResponseGroup:
+        """Of pairs of one example: their prompt and chosen response once, then the rejected one of each pair."""
+        first = groups[0]
+        return cls(first.prompt_ids, (*first.responses, *(group.responses[1] for group in groups[1:])))
+
     @property
     def packed_tokens(self) -> int:
         """Tokens of the prompt, once, and of all responses."""

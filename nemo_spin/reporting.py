@@ -27,6 +27,7 @@ _TABLE = [
     ("margin", "{:+.3f}", "rewards/margins"),
     ("accuracy", "{:.3f}", "rewards/accuracies"),
     ("held-out accuracy", "{:.3f}", "val/rewards/accuracies"),
+    ("gap before", "{:+.3f}", "equilibrium/logps_gap"),
     ("response tokens", "{:.1f}", "rollout/length"),
     ("cut off", "{:.1%}", "rollout/finish_reason_length"),
     ("time in rollouts", "{:.0%}", "time/rollout_share"),
@@ -46,13 +47,15 @@ class Reporter:
         self._bar: Any = None
 
     @contextmanager
-    def run(self, cfg: SpinConfig, progress: Progress) -> Iterator[None]:
-        """Around the whole run: ends bars also when the run ends by an error."""
+    def run(self, cfg: SpinConfig, progress: Progress, total_steps: int) -> Iterator[None]:
+        """Around the whole run, of so many steps: ends bars also when the run ends by an error."""
+        each = cfg.loop.max_epochs
+        epochs = ", ".join(map(str, each if len(set(each)) > 1 else each[:1]))
         self.say(
-            f"SPIN: {cfg.loop.max_iterations} iterations of {_or_each(cfg.loop.max_epochs)} epochs, starting at "
+            f"SPIN: {cfg.loop.max_iterations} iterations of {epochs} epochs, starting at "
             f"iteration {progress.iteration}, step {progress.step}"
         )
-        self.log("start" if progress.step == 0 else "resume", progress, {})
+        self.log("start" if progress.step == 0 else "resume", progress, {}, total_steps=total_steps)
         try:
             yield
         finally:
@@ -67,6 +70,11 @@ class Reporter:
         """Write metrics to the log; see `MetricsLog.write`."""
         if self._log is not None:
             self._log.write(kind, progress, metrics, **position)
+
+    def end(self, progress: Progress, reason: str) -> None:
+        """Write to the log that the run is at its end. reason: why before its last step, empty where it is not."""
+        if self._log is not None:
+            self._log.write_text("end", progress, {"reason": reason} if reason else {})
 
     def warn(self, warning: GuardWarning, progress: Progress) -> None:
         """Show what a guard has seen, and write it to the log."""
@@ -136,11 +144,6 @@ class Reporter:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _or_each(numbers: Sequence[int]) -> str:
-    """One number where all are the same."""
-    return ", ".join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))
 
 
 def _shortened(text: str, from_the_end: bool) -> str:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
 from nemo_spin import experiment, run_lock
+from nemo_spin.best_iteration import settle_on_best
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved
@@ -210,9 +211,7 @@ def _leave(succeeded: bool, log: MetricsLog | None) -> None:
 def _save_results(
     cfg: DictConfig, inputs: Inputs, model: MegatronGPTSPINModel, trainer: SPINTrainer, reporter: Reporter
 ) -> list[Path]:
-    if best := trainer.checkpoints.best():
-        checkpoint, value = best
-        reporter.say(f"Best {inputs.cfg.checkpoint.monitor}: {value:.4f}, {checkpoint}")
+    settle_on_best(inputs.cfg.checkpoint, model, trainer)
     name = cfg.exp_manager.get("name") or "megatron_gpt_spin"
     saved = []
     for file_format in inputs.cfg.checkpoint.formats_on_train_end:

@@ -32,6 +32,7 @@ from nemo_spin.checkpoint.training import TrainingCheckpoints
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import index_batches
+from nemo_spin.equilibrium_check import EquilibriumCheck
 from nemo_spin.faults import reached
 from nemo_spin.identity import identity_of_run
 from nemo_spin.iteration_pairs import IterationPairs, PairId
@@ -99,6 +100,7 @@ class SPINTrainer:
         directory = run_dir / "rollouts"
         self.pairs = IterationPairs(cfg, model, train_dataset, self.mixture, directory, reporter, interrupted)
         self.validation = Validation(cfg, model, validation_dataset, directory / "held_out", reporter, interrupted)
+        self.equilibrium = EquilibriumCheck(cfg, self.pairs.generated, self.validation, train_dataset, reporter)
         self.safeguards = Safeguards(cfg, model, train_dataset, run_dir, reporter)
         self.progress = Progress()
         self.stopwatch = Stopwatch(lambda activity: beat(f"{activity}, {self.progress}"))
@@ -107,16 +109,17 @@ class SPINTrainer:
     # ------------------------------------------------------------------------------------------ the loop
 
     def fit(self) -> bool:
-        """Run every iteration that is left. Returns whether there is none left; else it was stopped."""
-        with self.reporter.run(self.cfg, self.progress), self.checkpoints.writing():
+        """Run every iteration that is left, up to the equilibrium. Returns whether none is; else it was stopped."""
+        steps = self.progress.step + self.plan.left_in_run(self.progress)
+        with self.reporter.run(self.cfg, self.progress, steps), self.checkpoints.writing():
             self._begin_rollouts()
             if self.progress.step == 0 and not len(self.pairs) and not len(self.validation.rollouts):
                 self.reporter.iteration(self.progress, "SFT model", self.validate())
-            while self.plan.left_in_run(self.progress) > 0 and not self.stopping.asked:
+            while self.plan.left_in_run(self.progress) > 0 and not (self.stopping.asked or self.equilibrium.reason):
                 self.run_iteration()
-            finished = self.plan.left_in_run(self.progress) == 0
+            finished = self.plan.left_in_run(self.progress) == 0 or bool(self.equilibrium.reason)
             if finished:
-                self.reporter.log("end", self.progress, {})
+                self.reporter.end(self.progress, self.equilibrium.reason)
         return finished
 
     def run_iteration(self) -> None:
@@ -124,8 +127,11 @@ class SPINTrainer:
         self._start_schedule()
         if self.progress.iteration_step == 0 and self.validation.make_rollouts(self.stopping.ask):
             return self.save({})
+        if self.equilibrium.ends(self.progress):
+            return
         metrics: dict[str, float] = {}
         for batch in self.augment_dataloader(self.train_dataloader()):
+            self.equilibrium.look_at_training(self.progress)
             metrics = self.train_step(batch)
             at_end = self.plan.left_in_iteration(self.progress) == 0
             stop = self.stopping.ask()
@@ -142,8 +148,10 @@ class SPINTrainer:
         if self.plan.left_in_iteration(self.progress) > 0:
             return
         metrics |= self.pairs.summary() | {"time/rollout_share": self.stopwatch.share("rollout")}
-        self.reporter.iteration(self.progress, f"iteration {self.progress.iteration}", metrics)
+        row = metrics | self.equilibrium.metrics
+        self.reporter.iteration(self.progress, f"iteration {self.progress.iteration}", row)
         self.reporter.log("iteration", self.progress, metrics)
+        self.equilibrium.iteration_is_over(metrics)
         if self.progress.iteration_step == self.plan.steps_per_iteration(self.progress.iteration):
             if self.cfg.spin.refresh_reference:
                 self.ref_id = self.model.refresh_reference()
@@ -205,7 +213,7 @@ class SPINTrainer:
             self.cfg.spin.refresh_reference or self.progress.iteration == 0
         )
         if is_reference and not skipped:
-            check_policy_equals_reference(metrics, beta, self.cfg.precision)
+            check_policy_equals_reference(metrics, beta, self.cfg.precision, self.cfg.spin.loss)
         self.progress.advance(len(batch.pairs), skipped)
         reached("train/step")
         seconds = self.stopwatch.last["train_step"]
@@ -249,6 +257,7 @@ class SPINTrainer:
         """Take up the run where the checkpoint left it, or the newest whole one before it. Returns the one used."""
         used, state = self.checkpoints.restore(checkpoint, self.model, self._identity)
         self.progress, self.ref_id = state.progress, state.ref_id
+        self.equilibrium.iteration_is_over(state.metrics)
         self.pairs.resume(state.rollout_files)
         self.validation.rollouts.resume(state.rollout_files["held_out"])
         return used

@@ -66,7 +66,7 @@ class Trainable(Protocol):
 class TrainingCheckpoints:
     """The checkpoints of one run directory, visible to all processes.
 
-    `latest` and `best` only look. Every process calls each of the other methods, at the same point of the run.
+    `latest` only looks. Every process calls each of the other methods, at the same point of the run.
     """
 
     def __init__(
@@ -86,11 +86,6 @@ class TrainingCheckpoints:
         self._num_bytes = 0  # of the last checkpoint, on all ranks
 
     # ------------------------------------------------------------------------------------------ looking
-
-    def best(self) -> tuple[Path, float] | None:
-        """The best of the checkpoints that are there, and its metric."""
-        ranked = self._retention.rank(stored_in(self.directory)[0])
-        return (ranked[0].path, ranked[0].metrics[self._retention.monitor]) if ranked else None
 
     def latest(self) -> Path | None:
         """The newest checkpoint by its state; the pointer may be older. None of its other files is looked at.
@@ -264,7 +259,7 @@ class TrainingCheckpoints:
         damaged = [f"{other.name}: {fault}" for other, fault in unreadable.items()]
         start = next((i for i, stored in enumerate(found) if stored.path == path), 0)
         for stored in found[start:]:
-            if not (faults := _faults(stored.path)):
+            if not (faults := faults_in(stored.path)):
                 break
             more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
             damaged.append(f"{stored.path.name}: {faults[0]}{more}")
@@ -278,8 +273,8 @@ class TrainingCheckpoints:
         return stored
 
 
-def _faults(path: Path) -> list[str]:
-    """What is wrong with a checkpoint; every process calls it."""
+def faults_in(path: Path) -> list[str]:
+    """What is wrong with a checkpoint, by its manifest and its pickles; every process calls it. Empty for nothing."""
     faults = faults_of(path)
     if not faults:
         try:

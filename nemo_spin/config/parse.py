@@ -89,6 +89,8 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
     data = model.section("data")
     spin = parse_algorithm(model.section("spin"), loop.max_iterations, global_batch_size)
     _check_equilibrium(loop.stop_at_equilibrium, spin)
+    checkpoint = _checkpoint(experiment.section("checkpoint_callback_params"), spin.held_out_rollouts > 0)
+    _check_best_model(checkpoint, loop, data.section("validation_ds"))
     if spin.held_out_rollouts and data.section("validation_ds").get("file_path") is None:
         raise ConfigError(
             f"model.spin.held_out_rollouts = {spin.held_out_rollouts}, but model.data.validation_ds.file_path is null: "
@@ -112,7 +114,7 @@ def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
         restore_from_path=root.section("pretrained_checkpoint").path("restore_from_path"),
         tokenizer=parse_tokenizer(model.section("tokenizer")),
         recompute=_recompute(model),
-        checkpoint=_checkpoint(experiment.section("checkpoint_callback_params"), spin.held_out_rollouts > 0),
+        checkpoint=checkpoint,
     )
 
 
@@ -127,6 +129,19 @@ def _check_equilibrium(limits: EquilibriumConfig, spin: AlgorithmConfig) -> None
             f"{key} contradicts model.spin.refresh_reference = false, whose reference does not move towards the data: "
             "set all of its limits to null, or refresh_reference to true.",
             key,
+        )
+
+
+def _check_best_model(checkpoint: CheckpointConfig, loop: LoopConfig, validation_ds: Section) -> None:
+    missing = None
+    if validation_ds.get("file_path") is None:
+        missing = "model.data.validation_ds.file_path is null: name the validation data"
+    elif checkpoint.monitor == "val_loss" and loop.limit_val_batches == 0:
+        missing = "trainer.spin.limit_val_batches = 0 leaves val_loss out: set it above 0"
+    if checkpoint.save_best_model and missing:
+        key = "exp_manager.checkpoint_callback_params.save_best_model"
+        raise ConfigError(
+            f"{key} needs validation to tell which is best, but {missing}, or set save_best_model to false.", key
         )
 
 

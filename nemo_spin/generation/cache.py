@@ -58,6 +58,7 @@ class KVCache:
         empty = torch.empty(0, shape.heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device)
         self.keys, self.values = [empty] * shape.layers, [empty] * shape.layers
         self.prefilling, self.first = True, 0
+        self._copies: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -75,9 +76,20 @@ class KVCache:
                 del old  # before the next layer's is made: only one layer is there twice
         self.rows, self.capacity = rows, capacity
 
-    def begin_prefill(self, first: int) -> None:
-        """The next forward pass gives whole prompts, padded on the right, to rows first, first + 1, ..."""
-        self.prefilling, self.first = True, first
+    def begin_prefill(self, first: int, copies: Tensor | None = None) -> None:
+        """The next forward pass gives whole prompts, padded on the right, to rows first, first + 1, ...
+
+        copies: [rows] int64, for each of these rows the prompt of the pass that it gets; None for one each.
+        """
+        self.prefilling, self.first, self._copies = True, first, copies
+
+    def prefill(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep what a layer has made of the prompts. key and value: [s, b, heads, head_dim]."""
+        for kept, made in ((self.keys[layer], key), (self.values[layer], value)):
+            prompts = made.permute(1, 2, 0, 3)
+            if self._copies is not None:
+                prompts = prompts[self._copies]
+            kept[self.first : self.first + len(prompts), :, : len(made)] = prompts
 
     def begin_decode(self, positions: Tensor, longest: int) -> None:
         """The next forward pass gives one token to each of the first b rows.
@@ -133,11 +145,9 @@ class CachedAttention(torch.nn.Module):
         """query [s, b, heads, d], key and value [s, b, groups, d] of this tensor-parallel rank -> [s, b, heads * d]."""
         cache = self.caches.current
         keys, values = cache.keys[self.layer], cache.values[self.layer]
-        length, batch, groups, head_dim = key.shape
+        _, batch, groups, head_dim = key.shape
         if cache.prefilling:
-            rows = slice(cache.first, cache.first + batch)
-            keys[rows, :, :length] = key.permute(1, 2, 0, 3)
-            values[rows, :, :length] = value.permute(1, 2, 0, 3)
+            cache.prefill(self.layer, key, value)
             return self.core_attention(query, key, value, attention_mask, **kwargs)
         keys.view(-1, head_dim).index_copy_(0, cache.places, key.reshape(-1, head_dim))
         values.view(-1, head_dim).index_copy_(0, cache.places, value.reshape(-1, head_dim))

@@ -4,6 +4,8 @@ Every rank of a model-parallel group runs the same loop over the same requests; 
 each other. A response is a function of (seed, iteration, index and sample of its request) and the weights, up to
 rounding.
 
+Several responses to one prompt begin together, and the prompt is computed once: its keys and values go to all of them.
+
 Rows are divided into groups, which go through the model one after the other, again and again. Under pipeline
 parallelism each is in another stage at a time: a stage works on the next group while the tokens of the last one are on
 their way to it. Without, there is one group.
@@ -24,7 +26,7 @@ from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.mode import generating
 from nemo_spin.generation.row_group import RowGroup, to_device
-from nemo_spin.generation.rows import Row, Rules, finished_responses, response_of
+from nemo_spin.generation.rows import Row, Rules, distinct, finished_responses, response_of
 from nemo_spin.generation.sampling import Sampler, SeenTokens
 from nemo_spin.generation.schedule import MOST_SLOTS, Schedule, Waiting, groups_wanted
 from nemo_spin.generation.stages import Stage
@@ -76,6 +78,17 @@ class Generator:
         if model.post_process:
             shard = VocabularyShard(model.output_layer.output_size_per_partition, vocab_size)
             self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device, shard)
+
+    @property
+    def temperature(self) -> float:
+        """See `Engine.temperature`."""
+        return self._rules.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._rules.temperature = value
+        if self._sampler is not None:
+            self._sampler.temperature = value
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -148,16 +161,20 @@ class Generator:
     def _prefill(self, group: RowGroup, rows: Sequence[Row], angles: Tensor | None) -> None:
         """Read the prompts of rows that have just got slots, and what is there of their responses."""
         first = group.place(rows)
-        lengths = [row.length for row in rows]
+        read, places = distinct(rows)
+        copies = to_device([places], self._device)[0] if len(read) < len(rows) else None
+        lengths = [row.length for row in read]
         longest = max(lengths)
         padding = (self._pad_id,)
-        padded = [(*row.prompt_ids, *row.ids, *padding * (longest - row.length)) for row in rows]
+        padded = [(*row.prompt_ids, *row.ids, *padding * (longest - row.length)) for row in read]
         tokens = to_device(padded, self._device)
         positions = torch.arange(longest, device=self._device).expand_as(tokens)
-        group.cache.begin_prefill(first)
+        group.cache.begin_prefill(first, copies)
         rotary = RotaryAngles.of(angles[:longest]) if angles is not None else None
-        last = group.positions()[first:]
+        last = to_device([lengths], self._device)[0] - 1
         logits = self._stage.forward(tokens, positions, rotary, last)
+        if logits is not None and copies is not None:
+            logits = logits[copies]
         self.statistics.prefills += 1
         self.statistics.prefill_tokens += tokens.numel()
         self.statistics.prefill_padding += tokens.numel() - sum(lengths)

@@ -67,10 +67,12 @@ class Engine(Protocol):
 
     stop_ids: a response ends with the first of these, which belongs to it.
     statistics: of the last call.
+    temperature: divides the logits, from the next call of `generate` on; of the `SamplingParams` at first.
     """
 
     stop_ids: frozenset[int]
     statistics: Statistics
+    temperature: float
 
     @property
     def settings(self) -> dict[str, Any]:

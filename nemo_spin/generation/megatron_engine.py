@@ -46,7 +46,8 @@ GPU_PAGE, CPU_PAGE = 256, 16
 class MegatronEngine:
     """Generates responses with the weights that the model has when `generate` is called.
 
-    The arguments are those of `Generator`; pad_id is of no use here, because prompts are not padded.
+    The arguments are those of `Generator`; pad_id is of no use here, because prompts are not padded. A prompt to which
+    there are several responses is read for each of them.
 
     Raises UserError where megatron-core's engine cannot run, or cannot compute what the model computes.
     """
@@ -71,6 +72,16 @@ class MegatronEngine:
         self._slots, self._kv_cache_gib = slots or MOST_SLOTS, kv_cache_gib
         self._device = next(model.parameters()).device
         self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device)
+
+    @property
+    def temperature(self) -> float:
+        """See `interface.Engine.temperature`."""
+        return self._rules.temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._rules.temperature = value
+        self._sampler.temperature = value
 
     @property
     def settings(self) -> dict[str, Any]:

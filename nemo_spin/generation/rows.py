@@ -45,6 +45,10 @@ class Row:
         """Tokens of prompt and response at most."""
         return len(self.prompt_ids) + self.budget
 
+    def reads_as(self, other: Row) -> bool:
+        """Whether the model has read the same tokens so far, so that it need not read them twice."""
+        return self.length == other.length and self.ids == other.ids and self.prompt_ids == other.prompt_ids
+
 
 class Rules:
     """What responses depend on beside their requests and the weights. The arguments are those of `Generator`."""
@@ -62,7 +66,8 @@ class Rules:
         self.stop_ids = stop_ids
         self._max_sequence_length, self._min_length = max_sequence_length, min_length
         self._seed, self._should_stop = seed, should_stop
-        self.settings: dict[str, Any] = {
+        self.temperature = sampling.temperature
+        self._settings: dict[str, Any] = {
             "seed": seed,
             "vocab_size": vocab_size,
             "max_sequence_length": max_sequence_length,
@@ -70,6 +75,11 @@ class Rules:
             "stop_ids": sorted(stop_ids),
             **asdict(sampling),
         }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Engine.settings`."""
+        return {**self._settings, "temperature": self.temperature}
 
     def rows(self, requests: Sequence[GenerationRequest], iteration: int) -> list[Row]:
         """The rows of these requests, in their order. Raises DataError if a prompt leaves no room for a response."""
@@ -101,6 +111,18 @@ class Rules:
         if self._should_stop is not None and len(row.ids) >= self._min_length and self._should_stop(row.ids):
             return "stop"
         return "length" if len(row.ids) == row.budget else None
+
+
+def distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """The rows that have to be read: of those that read the same, the first. And, for every row, its place in them."""
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    read, copies = [], []
+    for row in rows:
+        place = places.setdefault((row.prompt_ids, tuple(row.ids)), len(read))
+        if place == len(read):
+            read.append(row)
+        copies.append(place)
+    return read, copies
 
 
 def response_of(request: GenerationRequest, row: Row) -> Response:

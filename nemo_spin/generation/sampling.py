@@ -66,6 +66,7 @@ class Sampler:
     """Chooses the next token of each row.
 
     vocab_size: the rows of the logits beyond it are padding and never chosen.
+    temperature: the one of `sampling`, until it is set.
     min_length: no id of stop_ids is chosen before the response has this many tokens.
     shard: the part of the vocabulary that this rank's logits are of, None for all of it. The ranks tell each other the
         best token of their parts; beside it top_k makes them exchange k logits of each part, and top_p all of them,
@@ -82,6 +83,7 @@ class Sampler:
         shard: VocabularyShard | None = None,
     ) -> None:
         self.sampling, self.vocab_size, self.min_length = sampling, vocab_size, min_length
+        self.temperature = sampling.temperature
         self.start, self.columns, self._size = 0, vocab_size, vocab_size
         self._shard = shard if shard is not None and shard.parts > 1 else None
         if self._shard is not None:
@@ -112,8 +114,8 @@ class Sampler:
         if self.min_length > 0 and len(self._stop_columns):
             ban(logits, lengths < self.min_length, self._stop_columns)
         if not params.use_greedy:
-            if params.temperature != 1.0:
-                divide_by_temperature(logits, params.temperature)
+            if self.temperature != 1.0:
+                divide_by_temperature(logits, self.temperature)
             if params.top_k > 0:
                 keep_top_k(logits, params.top_k, self._shard and self._shard.gather)
             if params.top_p < 1.0:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
+from itertools import chain, takewhile
 
 from nemo_spin.generation.cache import GRANULE, round_up
 from nemo_spin.generation.rows import Row
 
-# Tokens of a prefill at most, padding included (a single longer prompt is still taken): bounds its activations.
+# Tokens of a prefill at most, padding included (a single longer prompt is still taken): bounds its activations. Rows
+# that read the same count once.
 PREFILL_TOKENS = 16384
 # Beyond, a pass over more rows takes longer in the same measure, on any device.
 MOST_SLOTS = 256
@@ -27,17 +29,29 @@ class Waiting:
     """Rows that have no slot, for all groups together.
 
     The longest prompts come first: rows of similar length are prefilled and decoded together, which saves padding. Of
-    equal ones that with the larger budget comes first, so that what is left at the end is short.
+    equal ones that with the larger budget comes first, so that what is left at the end is short. Rows with the same
+    prompt come one after the other.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self._rows = deque(sorted(rows, key=lambda row: (-row.length, -row.budget, row.order)))
+        by_prompt: dict[tuple[int, ...], list[Row]] = {}
+        for row in rows:
+            by_prompt.setdefault(row.prompt_ids, []).append(row)
+        for alike in by_prompt.values():
+            alike.sort(key=lambda row: (-row.budget, row.order))
+        prompts = sorted(by_prompt.values(), key=lambda alike: (-alike[0].length, -alike[0].budget, alike[0].order))
+        self._rows = deque(chain.from_iterable(prompts))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def first(self) -> Row:
         return self._rows[0]
+
+    def copies_of_first(self) -> int:
+        """How many rows, from the first on, read the same as it."""
+        first = self._rows[0]
+        return sum(1 for _ in takewhile(first.reads_as, self._rows))
 
     def take(self) -> Row:
         return self._rows.popleft()
@@ -126,14 +140,20 @@ class Schedule:
         """The waiting rows for which there are slots, cache and prefill tokens; whether the cache is full then."""
         taken: list[Row] = []
         longest, limit = self.longest, max((row.longest for row in self.active), default=0)
-        padded = 0
+        padded, distinct = 0, 0
         while self._waiting and (rows := len(self.active) + len(taken)) < self._slots:
             row = self._waiting.first()
+            if not (taken and row.reads_as(taken[-1])):
+                distinct += 1
+                # Rows apart from those that read the same would have to read it again. As many slots as are not worth a
+                # prefill may wait for that.
+                if taken and self._slots - rows < self._waiting.copies_of_first() <= self._refill:
+                    break
             longest, limit, padded = max(longest, row.length), max(limit, row.longest), max(padded, row.length)
             grown = round_up(min(_with_room_to_grow(longest), limit))
             if rows and (rows + 1) * grown > self._cache_tokens:
                 return taken, True
-            if taken and (len(taken) + 1) * padded > self._prefill_tokens:
+            if taken and distinct * padded > self._prefill_tokens:
                 break
             taken.append(self._waiting.take())
         return taken, False

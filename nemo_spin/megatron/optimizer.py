@@ -1,4 +1,4 @@
-"""megatron-core's data parallelism and Adam around a GPT model: zero_grad, step, fresh start, sharded state."""
+"""megatron-core's data parallelism and optimizer around a GPT model: zero_grad, step, fresh start, sharded state."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from nemo_spin.megatron.agreement import everywhere
 from nemo_spin.megatron.finite import are_finite
+from nemo_spin.megatron.rmsprop import rmsprop
 
 if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
     from nemo_spin.config import OptimConfig
 
 _DECAY_STYLES = {"CosineAnnealing": "cosine", "LinearAnnealing": "linear", "Constant": "constant"}
@@ -52,9 +55,9 @@ class StepResult:
 
 
 class Optimizer:
-    """Adam over a data-parallel model, with clipping, warm-up and decay.
+    """Adam or RMSProp over a data-parallel model, with clipping, warm-up and decay.
 
-    Gradients are reduced in fp32. In bf16 the parameters that Adam updates are fp32 copies, kept over iterations.
+    Gradients are reduced in fp32. In bf16 the parameters that it updates are fp32 copies, kept over iterations.
     `model` is the wrapped model: forward and backward have to go through it.
     """
 
@@ -66,42 +69,40 @@ class Optimizer:
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=optim.distributed),
             gpt,
         )
-        beta1, beta2 = optim.betas
-        self._adam = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr[0],
-                min_lr=0.0,
-                weight_decay=optim.weight_decay,
-                adam_beta1=beta1,
-                adam_beta2=beta2,
-                adam_eps=optim.eps,
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                clip_grad=gradient_clip_val,
-                use_distributed_optimizer=optim.distributed,
-            ),
-            [self.model],
-        )
+        settings = {
+            "lr": optim.lr[0],
+            "min_lr": 0.0,
+            "weight_decay": optim.weight_decay,
+            "bf16": config.bf16,
+            "params_dtype": config.params_dtype,
+            "clip_grad": gradient_clip_val,
+            "use_distributed_optimizer": optim.distributed,
+        }
+        make = rmsprop if optim.is_rmsprop else _adam
+        self._optimizer = make(self.model, optim, **settings)
+        for part in self._parts():
+            # torch's count the steps of each parameter; others count in the group, which is saved in any case.
+            if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.RMSprop)):
+                part.optimizer.register_load_state_dict_pre_hook(_without_uncounted_moments)
         self._use_one_kernel_for_adam()
-        config.grad_scale_func = self._adam.scale_loss
+        config.grad_scale_func = self._optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         self._scheduler: OptimizerParamScheduler | None = None
 
     def start(self, lr: float, total_steps: int, steps_done: int = 0, fresh: bool = True) -> None:
         """Begin, or go on with, a schedule of `total_steps` steps that peaks at `lr`.
 
-        fresh: forget the moments of Adam, as at the start of an iteration in the paper.
+        fresh: forget the moments, as at the start of an iteration in the paper.
         """
         if fresh:
             self._forget_moments()
         sched = self.optim.sched
         warmup_steps = min(sched.warmup_steps, max(total_steps - 1, 0))
         min_lr = min(sched.min_lr, lr)
-        for group in self._adam.param_groups:
+        for group in self._optimizer.param_groups:
             group["max_lr"], group["min_lr"] = lr, min_lr
         self._scheduler = OptimizerParamScheduler(
-            self._adam,
+            self._optimizer,
             init_lr=0.0,
             max_lr=lr,
             min_lr=min_lr,
@@ -121,11 +122,11 @@ class Optimizer:
     @property
     def lr(self) -> float:
         """The learning rate of the next step."""
-        return max(group["lr"] for group in self._adam.param_groups)
+        return max(group["lr"] for group in self._optimizer.param_groups)
 
     def zero_grad(self) -> None:
         self.model.zero_grad_buffer()
-        self._adam.zero_grad()
+        self._optimizer.zero_grad()
 
     def step(self, loss: float = 0.0) -> StepResult:
         """Reduce, clip, update and advance the schedule.
@@ -134,19 +135,19 @@ class Optimizer:
         stay what they are on all processes alike; only the schedule advances.
         """
         lr = self.lr
-        self._adam.prepare_grads()
-        grad_norm = self._adam.get_grad_norm()
+        self._optimizer.prepare_grads()
+        grad_norm = self._optimizer.get_grad_norm()
         # The norm alone will not do: it counts parameters that tensor-parallel processes share on one of them only.
         is_sound = isfinite(loss) and isfinite(grad_norm) and are_finite(self._gradients_outside_norm())
         skipped = not everywhere(is_sound)
         if not skipped:
             self._clip(grad_norm)
-            self._adam.step_with_ready_grads()
+            self._optimizer.step_with_ready_grads()
         self._scheduler.step(1)
         return StepResult(float(grad_norm), lr, skipped)
 
     def _gradients_outside_norm(self) -> Iterator[torch.Tensor]:
-        """Those that this process's Adam is about to use and another process counts in the norm."""
+        """Those that this process is about to use and another process counts in the norm."""
         for part in self._parts():
             for p in part.get_parameters():
                 is_counted = param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)
@@ -161,7 +162,7 @@ class Optimizer:
 
     def reload_weights(self) -> None:
         """Take the model's present weights as the ones to update, after they were written to from outside."""
-        self._adam.reload_model_params()
+        self._optimizer.reload_model_params()
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """Moments, step and fp32 parameters as megatron-core shards them.
@@ -169,16 +170,16 @@ class Optimizer:
         model_state: the model's own sharded state dict; optimizer shards are cut like the parameters in it.
         """
         if is_loading:
-            for adam in self._distributed_parts():
-                adam._init_optimizer_states_with_dummy_values()
+            for part in self._distributed_parts():
+                part._init_optimizer_states_with_dummy_values()
         elif not any(self._moments()):
             self._make_moments()
         with self._groups_without_schedule():
-            return self._adam.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
+            return self._optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_SHARDING))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with self._groups_without_schedule():
-            self._adam.load_state_dict(state)
+            self._optimizer.load_state_dict(state)
         self._use_one_kernel_for_adam()
         for values in self._moments():
             if "step" in values:
@@ -188,7 +189,7 @@ class Optimizer:
     @contextmanager
     def _groups_without_schedule(self) -> Iterator[None]:
         """megatron-core tells parameter groups apart by their learning rates too, which `start` sets anew each time."""
-        kept = [(group, group.get("max_lr"), group.get("min_lr")) for group in self._adam.param_groups]
+        kept = [(group, group.get("max_lr"), group.get("min_lr")) for group in self._optimizer.param_groups]
         try:
             for group, _, _ in kept:
                 group["max_lr"] = group["min_lr"] = 0.0
@@ -198,7 +199,7 @@ class Optimizer:
                 group["max_lr"], group["min_lr"] = max_lr, min_lr
 
     def _parts(self) -> list[Any]:
-        return getattr(self._adam, "chained_optimizers", [self._adam])
+        return getattr(self._optimizer, "chained_optimizers", [self._optimizer])
 
     def _distributed_parts(self) -> list[DistributedOptimizer]:
         return [part for part in self._parts() if isinstance(part, DistributedOptimizer)]
@@ -216,7 +217,7 @@ class Optimizer:
                     group["fused"] = True
 
     def _make_moments(self) -> None:
-        """Adam makes them in its first step, and a checkpoint before that needs them: a step that moves nothing."""
+        """They are made in the first step, and a checkpoint before that needs them: a step that moves nothing."""
         for part in self._parts():
             groups = part.optimizer.param_groups
             rates = [group["lr"] for group in groups]
@@ -236,7 +237,21 @@ class Optimizer:
             for value in values.values():
                 if isinstance(value, torch.Tensor):
                     value.zero_()
-        for group in self._adam.param_groups:
+        for group in self._optimizer.param_groups:
             # TransformerEngine's and Apex's Adam count steps in the group, torch's per parameter.
             if "step" in group:
                 group["step"] = torch.zeros_like(group["step"]) if isinstance(group["step"], torch.Tensor) else 0
+
+
+def _adam(model: DistributedDataParallel, optim: OptimConfig, **settings: Any) -> MegatronOptimizer:
+    beta1, beta2 = optim.betas
+    config = OptimizerConfig(optimizer="adam", adam_beta1=beta1, adam_beta2=beta2, adam_eps=optim.eps, **settings)
+    return get_megatron_optimizer(config, [model])
+
+
+def _without_uncounted_moments(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
+    """megatron-core saves no count of 0, and torch wants one with the moments, which are all zero then: it makes both
+    in the first step."""
+    if any("step" not in values for values in state["state"].values()):
+        return {**state, "state": {}}
+    return None

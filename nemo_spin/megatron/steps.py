@@ -18,11 +18,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from nemo_spin import packing
-from nemo_spin.losses import spin_loss, spin_metrics
+from nemo_spin.config import LossConfig
+from nemo_spin.losses import PAPER
 from nemo_spin.megatron import forward
 from nemo_spin.megatron.forward import MicroBatch
 from nemo_spin.megatron.gpt import have_transformer_engine
 from nemo_spin.megatron.optimizer import Optimizer
+from nemo_spin.megatron.spin_objective import PairRows, spin_micro_batch, spin_objective
 from nemo_spin.micro_batches import Size, cut, share_out
 from nemo_spin.packing import ModelInput
 from nemo_spin.pairs import Example, Pair, ResponseGroup
@@ -74,15 +76,17 @@ class Batching:
         return packing.packed(groups, self.pad_id, self.multiple_of, share_prompts=not have_transformer_engine())
 
 
-def _own_share(groups: Sequence[ResponseGroup], batching: Batching) -> list[tuple[list[int], Tensor]]:
-    """This data-parallel rank's micro-batches of a global batch: numbers of the items, and their weights [b].
+def _own_share(
+    groups: Sequence[ResponseGroup], batching: Batching, examples: Sequence[int] | None = None
+) -> list[tuple[list[int], float]]:
+    """This data-parallel rank's micro-batches of a global batch: numbers of the items, and the weight of each item.
 
-    Where there are fewer items than ranks, one is repeated with weight 0.
+    examples: see `share_out`. Where there are fewer items than ranks, one is repeated with weight 0.
     """
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    own = share_out(groups, batching.size, size)[rank]
+    own = share_out(groups, batching.size, size, examples)[rank]
     shortest = min(range(len(groups)), key=lambda i: groups[i].packed_tokens)
-    return [(numbers or [shortest], torch.full((max(len(numbers), 1),), float(bool(numbers)))) for numbers in own]
+    return [(numbers or [shortest], float(bool(numbers))) for numbers in own]
 
 
 def _total(values: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
@@ -102,62 +106,43 @@ def _gradient_scale() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
-def spin_step(optimizer: Optimizer, pairs: Sequence[Pair], beta: float, batching: Batching) -> dict[str, float]:
+def spin_step(
+    optimizer: Optimizer, pairs: Sequence[Pair], beta: float, batching: Batching, loss: LossConfig = PAPER
+) -> dict[str, float]:
     """One optimizer step on a global batch of pairs. Returns the metrics of the batch, the same on every rank.
 
     `loss`, `kl` and every `rewards/*` and `logps/*` is the mean over pairs; `tokens/chosen` and `tokens/rejected` the
-    mean number of response tokens; `grad_norm` is taken before clipping; `lr` is the learning rate of this step;
-    `skipped` is 1 where loss or gradient were not finite, and nothing was updated, else 0.
+    mean number of response tokens; with an SFT term `spin_loss` and `sft_loss` are the parts of `loss`, the latter
+    without its weight; `grad_norm` is taken before clipping; `lr` is the learning rate of this step; `skipped` is 1
+    where loss or gradient were not finite, and nothing was updated, else 0.
     """
-    totals = _train(
-        optimizer, _spin_micro_batches(pairs, batching), _spin_objective(beta, len(pairs)), batching.vocab_size
-    )
+    objective = spin_objective(beta, loss, _gradient_scale() / len(pairs))
+    totals = _train(optimizer, _spin_micro_batches(pairs, batching), objective, batching.vocab_size)
     means = {name: value / len(pairs) for name, value in totals.items()}
     return means | optimizer.step(means["loss"]).metrics()
 
 
 @torch.no_grad()
-def spin_metrics_of(gpt: GPTModel, pairs: Sequence[Pair], beta: float, batching: Batching) -> dict[str, float]:
+def spin_metrics_of(
+    gpt: GPTModel, pairs: Sequence[Pair], beta: float, batching: Batching, loss: LossConfig = PAPER
+) -> dict[str, float]:
     """The metrics of `spin_step` for a global batch, summed over its pairs, without a step; on every rank."""
     gpt.eval()
-    values = forward.run(
-        gpt,
-        _spin_micro_batches(pairs, batching),
-        _spin_objective(beta, len(pairs)),
-        batching.vocab_size,
-        forward_only=True,
-    )
+    objective = spin_objective(beta, loss, _gradient_scale() / len(pairs))
+    micro_batches = _spin_micro_batches(pairs, batching)
+    values = forward.run(gpt, micro_batches, objective, batching.vocab_size, forward_only=True)
     return _total(values, _device(gpt))
 
 
-def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[tuple[Tensor, ...]]]:
-    """Chosen and rejected of a pair go through the model together; with them their weights [b], reference logps [b, 2]
-    and numbers of tokens [b, 2]."""
+def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[PairRows]]:
+    """The responses of a pair go through the model together, and so do pairs of one example as far as they can."""
     groups = [ResponseGroup.of_pair(pair) for pair in pairs]
-    reference = torch.tensor([[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in pairs])
-    tokens = torch.tensor([[len(response) for response in group.responses] for group in groups], dtype=torch.float32)
+    numbers: dict[Example, int] = {}
+    examples = [numbers.setdefault(pair.example, len(numbers)) for pair in pairs]
     return [
-        MicroBatch(batching.collate([groups[i] for i in numbers]), (weights, reference[numbers], tokens[numbers]))
-        for numbers, weights in _own_share(groups, batching)
+        spin_micro_batch(pairs, groups, own, examples, weight, batching.collate)
+        for own, weight in _own_share(groups, batching, examples)
     ]
-
-
-def _spin_objective(beta: float, num_pairs: int) -> forward.Objective:
-    """The mean loss over `num_pairs` pairs, and the sums of the metrics over a micro-batch."""
-
-    def objective(micro_batch: MicroBatch[tuple[Tensor, ...]], per_token_logps: Tensor):
-        logps = per_token_logps.sum(-1)
-        weights, reference, tokens = (t.to(logps.device, non_blocking=True) for t in micro_batch.context)
-        chosen, rejected = logps.chunk(2)
-        ref_chosen, ref_rejected = reference.unbind(-1)
-        losses = spin_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-        with torch.no_grad():
-            values = spin_metrics(chosen, rejected, ref_chosen, ref_rejected, beta)
-            values |= {"loss": losses, "tokens/chosen": tokens[:, 0], "tokens/rejected": tokens[:, 1]}
-            sums = {name: (value * weights).sum() for name, value in values.items()}
-        return (losses * weights).sum() * (_gradient_scale() / num_pairs), sums
-
-    return objective
 
 
 def sft_step(optimizer: Optimizer, examples: Sequence[Example], batching: Batching) -> dict[str, float]:
@@ -189,8 +174,8 @@ def _train(
 def _sft_micro_batches(examples: Sequence[Example], batching: Batching) -> list[MicroBatch[Tensor]]:
     groups = [ResponseGroup.of_example(example) for example in examples]
     return [
-        MicroBatch(batching.collate([groups[i] for i in numbers]), weights)
-        for numbers, weights in _own_share(groups, batching)
+        MicroBatch(batching.collate([groups[i] for i in numbers]), torch.full((len(numbers),), weight))
+        for numbers, weight in _own_share(groups, batching)
     ]
 
 

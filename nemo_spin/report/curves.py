@@ -20,13 +20,19 @@ _MEANS_PER_ITERATION = 40
 _MEAN_POINTS = 400
 
 # metrics that go on from one iteration to the next; the others begin anew
-_RUN_ON = {"val_loss", "rollout/length", "throughput/rollout_tokens_per_second"}
+_RUN_ON = {"val_loss", "rollout/length", "throughput/rollout_tokens_per_second"} | {
+    f"equilibrium/{name}" for name in ("logps_gap", "accuracy", "exact_match", "token_overlap")
+}
 _DASHES = ("solid", "dash", "dot", "dashdot")  # the curves differ also where there are no colours
 
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """A figure over the steps. caption: what to see in it. line: a level that is marked. noisy: whether means help."""
+    """A figure over the steps.
+
+    caption: what to see in it. line: a level that is marked. noisy: whether means help. errors: the metric that is the
+    standard error of the first one.
+    """
 
     key: str
     title: str
@@ -35,6 +41,7 @@ class Curves:
     caption: str
     line: tuple[float, str] | None = None
     noisy: bool = True
+    errors: str | None = None
 
 
 CURVES = (
@@ -94,6 +101,27 @@ CURVES = (
         "Mean negative log-likelihood of a human response token on held-out data.",
     ),
     Curves(
+        "logps_gap",
+        "Gap to the data",
+        "nats per token",
+        ("equilibrium/logps_gap",),
+        "By how much more likely its own responses are under the reference than human ones, at each iteration's start, "
+        "with one standard error. Towards 0 is nearer to the data.",
+        (0.0, ""),
+        noisy=False,
+        errors="equilibrium/logps_gap_error",
+    ),
+    Curves(
+        "equilibrium",
+        "Likeness to the data",
+        "share",
+        ("equilibrium/accuracy", "equilibrium/exact_match", "equilibrium/token_overlap"),
+        "At each iteration's start: how well the policy told human from generated held-out responses in the iteration "
+        "before (0.5: not at all), generated responses equal to the human one, and the overlap of their tokens.",
+        (0.5, ""),
+        noisy=False,
+    ),
+    Curves(
         "lengths",
         "Response lengths",
         "tokens",
@@ -129,6 +157,10 @@ def draw(spec: Curves, run: Run) -> Figure | None:
         if not len(series):
             continue
         traces += _traces(metric, series, number, spec.noisy)
+        if spec.errors and number == 0:
+            errors = dict(run.history.series(spec.errors).finite())
+            array = [errors.get(step, 0.0) for step in traces[-1]["x"]]
+            traces[-1]["error_y"] = {"type": "data", "array": array}
         words.append(_in_words(metric, series))
         if len(series) > MAX_POINTS:
             kept = len(_thinned(series))

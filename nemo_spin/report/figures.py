@@ -7,7 +7,7 @@ from nemo_spin.report.drawing import Figure
 from nemo_spin.report.run_directory import Run
 
 _ORDER = (
-    "loss margins rewards logps accuracies kl val_loss lengths finish_reasons quality "
+    "loss margins rewards logps accuracies kl val_loss logps_gap equilibrium lengths finish_reasons quality "
     "grad_norm lr throughput memory time"
 ).split()
 

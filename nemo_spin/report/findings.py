@@ -127,7 +127,7 @@ def _early_accuracy(run: Run) -> Iterator[tuple[str, str, str]]:
     for iteration in _judged(run.history):
         accuracies = run.history.series("rewards/accuracies").of(iteration)
         window = _part(accuracies)
-        steps = max(len(accuracies), run.steps_per_iteration or 0)
+        steps = max(len(accuracies), run.steps_of(iteration) or 0)
         sums = list(accumulate(accuracies, initial=0.0))
         ends = range(window, min(int(EARLY * steps), len(accuracies)) + 1)
         early = next((end for end in ends if sums[end] - sums[end - window] >= ACCURACY_NEAR_1 * window), None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_spin.errors import DataError
 
-_POSITION = ("epoch", "iteration_step", "consumed_samples")
+_POSITION = ("epoch", "iteration_step", "consumed_samples", "total_steps")
 # a metric is followed along these lines; others repeat what stands in them
 _PRIMARY = ("train", "validation", "rollout")
 # a run that begins or goes on writes one of these, and the line before may have been cut off when it was interrupted
@@ -23,7 +23,7 @@ class Record:
     """A line.
 
     time: Unix seconds. step: optimizer steps done in the run. iteration: counted from 0.
-    position: epoch, iteration_step and consumed_samples, where the line has them.
+    position: epoch, iteration_step and consumed_samples, where the line has them; total_steps, of the whole run.
     metrics: numbers by name, NaN and infinity among them (null is read as NaN). notes: everything else, as text.
     """
 

@@ -57,22 +57,42 @@ class Run:
         return max(self.history.records, key=lambda record: (record.step, record.iteration))
 
     @cached_property
-    def steps_per_iteration(self) -> int | None:
-        """Known once an iteration is over."""
-        last = self.last_position.iteration
-        steps = [
-            record.position["iteration_step"]
-            for record in self.history.records
-            if record.kind == "train" and record.iteration < last and "iteration_step" in record.position
-        ]
-        return max(steps, default=None)
+    def _steps_of_past(self) -> dict[int, int]:
+        """Steps of the iterations that are over."""
+        steps: dict[int, int] = {}
+        for record in self.history.records:
+            if record.kind == "train" and record.iteration < self.last_position.iteration:
+                done = record.position.get("iteration_step", 0)
+                steps[record.iteration] = max(done, steps.get(record.iteration, 0))
+        return {iteration: number for iteration, number in steps.items() if number}
 
-    @property
+    def steps_of(self, iteration: int) -> int | None:
+        """Steps of an iteration: the logged ones if it is over, else about as many as the last that is; None before."""
+        past = self._steps_of_past
+        if iteration in past or not past:
+            return past.get(iteration)
+        last = max(past)
+        return round(past[last] * self._relative_size(iteration) / self._relative_size(last))
+
+    def _relative_size(self, iteration: int) -> float:
+        """Passes over the training data in an iteration, with those over pairs of iterations before it."""
+        epochs = self.per_iteration("trainer.spin.max_epochs", iteration) or 1.0
+        replayed = min(int(self.number("model.spin.replay_iterations") or 0), iteration)
+        weights = self.get("model.spin.replay_weights")
+        each = [_number(weight) or 1.0 for weight in weights] if isinstance(weights, list) else []
+        return epochs * (1 + sum(each[:replayed]) + max(0, replayed - len(each)))
+
+    @cached_property
     def total_steps(self) -> int | None:
         """Steps that the whole run is to have, None while that is not known."""
+        for record in reversed(self.history.records):
+            if record.kind in ("start", "resume") and "total_steps" in record.position:
+                return record.position["total_steps"]
+        # the log of a version that did not write it
         totals = []
-        if self.steps_per_iteration and self.max_iterations:
-            totals.append(self.steps_per_iteration * self.max_iterations)
+        if self.max_iterations:
+            steps = [self.steps_of(iteration) for iteration in range(self.max_iterations)]
+            totals += [sum(filter(None, steps))] if all(steps) else []
         limit = self.number("trainer.spin.max_steps")
         if limit is not None and limit > 0:
             totals.append(int(limit))
@@ -85,9 +105,16 @@ class Run:
         return bool(marks) and marks[-1] == "end"
 
     @property
+    def end_reason(self) -> str | None:
+        """Why the run ended before its last step, in a sentence; None where it has not, or not by itself."""
+        ends = [record.notes.get("reason") for record in self.history.records if record.kind == "end"]
+        return ends[-1] if ends and self.has_ended else None
+
+    @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end and has made all its steps, as far as that is known."""
-        return self.has_ended and (self.total_steps is None or self.last_position.step >= self.total_steps)
+        """Whether the run came to its end and has made all its steps, as far as that is known, or ended by itself."""
+        is_whole = self.total_steps is None or self.last_position.step >= self.total_steps
+        return self.has_ended and (is_whole or self.end_reason is not None)
 
     @property
     def state(self) -> str:

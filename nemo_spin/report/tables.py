@@ -15,6 +15,7 @@ _COLUMNS = (
     ("loss", "loss", "{:.4f}"),
     ("rewards/margins", "margin", "{:+.3f}"),
     ("rewards/accuracies", "accuracy", "{:.3f}"),
+    ("val/rewards/accuracies", "held-out accuracy", "{:.3f}"),
     ("rewards/chosen", "chosen reward", "{:+.3f}"),
     ("rewards/rejected", "rejected reward", "{:+.3f}"),
     ("logps/chosen", "chosen log-prob.", "{:.1f}"),
@@ -24,6 +25,8 @@ _COLUMNS = (
     ("rollout/length", "tokens each", "{:.1f}"),
     ("rollout/finish_reason_length", "cut off", "{:.1%}"),
     ("rollout/exact_match", "equal to human", "{:.1%}"),
+    ("equilibrium/logps_gap", "gap before", "{:+.3f}"),
+    ("equilibrium/token_overlap", "overlap before", "{:.3f}"),
     ("time/rollout_share", "rollouts' time", "{:.0%}"),
 )
 
@@ -32,7 +35,12 @@ def headline(run: Run) -> list[tuple[str, str]]:
     """What a reader wants to know first: names and values. Only what the run directory says."""
     records = run.history.records
     model = run.get("pretrained_checkpoint.restore_from_path")
-    facts = [("State", run.state), ("Model", str(model) if model else None), ("Layout", _layout(run))]
+    facts = [
+        ("State", run.state),
+        ("Ended", run.end_reason),
+        ("Model", str(model) if model else None),
+        ("Layout", _layout(run)),
+    ]
     facts += [("Data", _text(run.get("model.data.train_ds.file_path"))), ("Training", _training(run))]
     facts += [
         ("beta", _text(run.get("model.spin.ref_policy_kl_penalty"))),
@@ -56,9 +64,12 @@ def title(run: Run) -> str:
 def iterations(run: Run) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns, and a row for the model before training, if it was validated, and for each iteration."""
     history = run.history
-    steps = {
-        i: [r.step for r in history.records if r.kind == "train" and r.iteration == i] for i in history.iterations()
-    }
+    # one before which the run ended has its figures, and no steps
+    measured = {record.iteration for record in history.records if record.kind == "equilibrium"}
+    steps: dict[int, list[int]] = {i: [] for i in sorted(measured.union(history.iterations()))}
+    for record in history.records:
+        if record.kind == "train":
+            steps[record.iteration].append(record.step)
     at_start = [value for step, value in history.series("val_loss").finite() if step == 0]
     columns = [column for column in _COLUMNS if any(history.last(column[0], i) is not None for i in steps)]
     rows = []
@@ -118,12 +129,19 @@ def _training(run: Run) -> str | None:
     batch, epochs = run.get("model.global_batch_size"), run.get("trainer.spin.max_epochs")
     parts = [
         f"{run.max_iterations} iterations" if run.max_iterations else "",
-        f"{epochs} epochs each" if epochs else "",
+        _epochs(epochs),
     ]
     parts.append(f"{batch} pairs in a batch" if batch else "")
     consumed = [r.position["consumed_samples"] for r in run.history.records if "consumed_samples" in r.position]
     parts.append(f"{max(consumed):,} pairs so far" if consumed else "")
     return ", ".join(filter(None, parts)) or None
+
+
+def _epochs(value: Any) -> str:
+    if isinstance(value, list) and len(set(map(str, value))) > 1:
+        return f"{_text(value)} epochs"
+    each = value[0] if isinstance(value, list) and value else value
+    return f"{each} epochs each" if each else ""
 
 
 def _times(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,13 @@ def training_run(
     interrupt_after: int | None = None,
     stop_after: int | None = None,
     resume: bool = False,
+    at_end: Callable[..., Any] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Two iterations of two epochs of three steps; returns the history and this rank's final weights.
 
     stop_after: how many times the run looks at the clock, after each chunk of rollouts and each step.
+    at_end: called with configuration, model and trainer after the run, before the weights are taken.
     """
     values = {
         "pretrained_checkpoint.restore_from_path": checkpoint,
@@ -161,11 +164,13 @@ def training_run(
     finished = False
     with suppress(InterruptedRunError):
         finished = trainer.fit()
+    ended = at_end(cfg, model, trainer) if at_end else None
     return {
         "history": reporter.history,
         "shards": shards_of(model),
         "progress": trainer.progress.state_dict(),
         "finished": finished,
+        "ended": ended,
     }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from toy import fill_deterministically, sharded_tensors, toy_architecture
 
-from nemo_spin.config import OptimConfig, RecomputeConfig, SamplingParams, SchedConfig
+from nemo_spin.config import LossConfig, OptimConfig, RecomputeConfig, SamplingParams, SchedConfig
 from nemo_spin.generation.engine import Generator
+from nemo_spin.losses import PAPER
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
@@ -56,10 +57,11 @@ class SelfPlay:
         architecture: dict[str, Any] | None = None,
         micro_batch_tokens: int | None = None,
         packed: bool | None = None,
+        loss: LossConfig = PAPER,
         **optim_changes: Any,
     ) -> None:
         arch = toy_architecture(**(architecture or {}))
-        self.architecture = arch
+        self.architecture, self.loss = arch, loss
         self.gpt = build_gpt(
             arch, precision, sequence_parallel, RecomputeConfig(granularity=recompute, method=None, num_layers=None)
         )
@@ -80,7 +82,7 @@ class SelfPlay:
             return roll_out(self.gpt, self.generator, data, iteration, 12, self.batching)
 
     def step(self, pairs: list[Pair]) -> dict[str, float]:
-        metrics = steps.spin_step(self.optimizer, pairs, BETA, self.batching)
+        metrics = steps.spin_step(self.optimizer, pairs, BETA, self.batching, self.loss)
         self.reference.policy_moved()
         return metrics
 

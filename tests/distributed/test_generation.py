@@ -153,6 +153,27 @@ def test_responses_depend_on_sample_iteration_and_seed(workers: Workers) -> None
     assert len(streams) == 9
 
 
+def at_temperatures(*temperatures: float) -> tuple[list[list[Response]], list[float]]:
+    """The responses of one generator, that is given these temperatures in turn; and what its settings say of them."""
+    model = fill_deterministically(build_gpt(LLAMA, "32"))
+    generator = make_generator(model, LLAMA, SAMPLED)
+    responses, settings = [generator.generate(REQUESTS, 0)], [generator.settings]
+    for temperature in temperatures:
+        generator.temperature = temperature
+        responses.append(generator.generate(REQUESTS, 0))
+        settings.append(generator.settings)
+    assert all(setting == settings[0] | {"temperature": setting["temperature"]} for setting in settings)
+    return responses, [setting["temperature"] for setting in settings]
+
+
+def test_the_temperature_is_that_of_the_call(workers: Workers) -> None:
+    plain, hot = (of_one_process(workers, LLAMA, replace(SAMPLED, temperature=value)) for value in (1.0, 1.7))
+    assert plain != hot
+    for responses, temperatures in workers.run(at_temperatures, 1.7, 1.0, tp=2, pp=2):
+        assert responses == [plain, hot, plain]
+        assert temperatures == [1.0, 1.7, 1.0]
+
+
 def first_tokens_against_softmax() -> tuple[float, int]:
     """Chi-square of the first tokens of many samples of one prompt, and its degrees of freedom."""
     draws, temperature = 6000, 0.8

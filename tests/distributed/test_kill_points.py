@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from killable import EXAMPLES, STEPS, At, KillableRun, Layout, Outcome, make_inputs
 from run_endings import differences
 from run_notes import every_example_once
@@ -94,6 +95,22 @@ def test_a_run_goes_on_in_other_layouts(
     assert outcome.history.losses == pytest.approx(expected.history.losses, rel=1e-4)
     assert relative_distance(outcome.weights, expected.weights) < 1e-5
     assert relative_distance(outcome.exported, expected.exported) < 1e-5
+
+
+def test_a_run_that_is_killed_among_replayed_pairs_goes_on(inputs: Path, tmp_path: Path) -> None:
+    mixed = {"model.spin.replay_iterations": 1, "trainer.spin.max_epochs": 1}
+    layout = Layout(tp=2)
+    expected = KillableRun(tmp_path / "b", inputs, **mixed).finish(layout)
+    run = KillableRun(tmp_path / "a", inputs, **mixed)
+    # Before the second iteration's first checkpoint; with its own pairs on disk alone; with earlier ones scored, and
+    # not written; with both.
+    for at in (At("iteration/refreshed"), At("rollouts/part"), At("rollouts/scored"), At("train/step", times=2)):
+        run.kill(at, layout)
+    outcome = run.finish(layout)
+    assert len(expected.history.losses) == 3 + 6
+    assert outcome.history.losses == expected.history.losses and not outcome.history.after_finish
+    for name, tensor in expected.weights.items():
+        assert torch.equal(outcome.weights[name], tensor), name
 
 
 def test_every_named_point_is_killed_at() -> None:

@@ -33,6 +33,7 @@ from test_generation import (  # noqa: F401  collected here too, and run with th
     test_refusals,
     test_replicas_share_the_work_and_change_nothing,
     test_should_stop_ends_a_response,
+    test_the_temperature_is_that_of_the_call,
     test_training_goes_on_as_if_nothing_had_been_generated,
 )
 from toy import fill_deterministically
@@ -85,6 +86,13 @@ def test_the_responses_are_our_engines(workers: OverMegatronsEngine, sampling: A
 
 def test_batching_does_not_matter(workers: OverMegatronsEngine) -> None:
     test_generation.test_batching_does_not_matter(workers, FILTERED)
+
+
+def test_every_response_says_whose_it_is(workers: OverMegatronsEngine) -> None:
+    requests = [replace(request, sample=sample) for request in REQUESTS[:3] for sample in range(2)]
+    expected = of_one_process(workers.over_ours, LLAMA, SAMPLED, requests)
+    assert [(response.index, response.sample) for response in expected] == [(r.index, r.sample) for r in requests]
+    assert of_one_process(workers, LLAMA, SAMPLED, requests) == expected
 
 
 def test_padding_of_the_vocabulary_is_never_sampled(workers: OverMegatronsEngine) -> None:

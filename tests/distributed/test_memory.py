@@ -50,11 +50,12 @@ def bytes_held(**model: Any) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}], ids=str)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_the_fullest_rank_is_as_full_as_estimated(workers: Any, layout: dict[str, int], tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "name"), [(False, "adam"), (True, "adam"), (False, "rmsprop")])
+def test_the_fullest_rank_is_as_full_as_estimated(workers: Any, layout: dict[str, int], tied: bool, name: str) -> None:
     arch = dataclasses.replace(toy_architecture(), share_embeddings_and_output_weights=tied)
-    needs = estimate(arch, config(**layout), longest=20, context_length=40, examples=100)
-    held = workers.run(bytes_held, architecture={"share_embeddings_and_output_weights": tied}, **layout)
+    cfg = config(**layout, **{"model.optim.name": name, "model.optim.weight_decay": 0})
+    needs = estimate(arch, cfg, longest=20, context_length=40, examples=100)
+    held = workers.run(bytes_held, architecture={"share_embeddings_and_output_weights": tied}, name=name, **layout)
     weights, gradients, optimizer = (max(rank[i] for rank in held) for i in range(3))
     assert needs.weights == weights
     # buffers are padded to what collectives like
@@ -71,6 +72,9 @@ def test_the_optimizer_is_shared_by_replicas_and_keeps_main_parameters_in_bf16()
     assert (2 * bf16.weights, bf16.gradients, 2 * bf16.optimizer) == (one.weights, one.gradients, 3 * one.optimizer)
     whole = estimate(arch, config(dp=2, **{"model.optim.name": "adam"}), **sizes)
     assert whole.optimizer == one.optimizer
+    rmsprop = {"model.optim.name": "rmsprop", "model.optim.weight_decay": 0}
+    halves = (estimate(arch, config(dp=2, **rmsprop, **{"trainer.precision": p}), **sizes) for p in (32, "bf16"))
+    assert [needs.optimizer // needs.parameters_per_device for needs in halves] == [4, 8]
 
 
 def test_what_cannot_fit_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from runs import make_checkpoint, shards_of
-from selfplay import whole_weights
+from selfplay import examples, whole_weights
 
+from nemo_spin.config import config_dir, parse_config
 from nemo_spin.errors import UserError
 
 
@@ -125,3 +127,37 @@ def stop_check() -> list[bool]:
 
 def test_end_strings_are_found_across_tokens(workers: Any) -> None:
     assert workers.run(stop_check)[0] == [False, False, True, True, False]
+
+
+def roll_out_at(path: str, temperatures: Any) -> tuple[list[float], list[list[tuple[int, ...]]]]:
+    """What the settings of both iterations say, and the responses of both."""
+    from nemo_spin import MegatronGPTSPINModel
+
+    base = OmegaConf.load(config_dir() / "gpt_spin.yaml")
+    values = {
+        "pretrained_checkpoint.restore_from_path": path,
+        "model.data.train_ds.file_path": path,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": 32,
+        "trainer.spin.max_iterations": 2,
+        "model.spin.length_params.max_length": 8,
+        "model.spin.sampling_params.temperature": temperatures,
+    }
+    for key, value in values.items():
+        OmegaConf.update(base, key, value)
+    model = MegatronGPTSPINModel.restore_from(path, override_config_path=base.model)
+    cfg = parse_config(OmegaConf.to_container(base, resolve=True))
+    model.prepare_training(cfg, context_length=64, stop_ids=frozenset())
+    # Before anything is generated, as a run asks; and in any order.
+    settings = [model.rollout_settings(iteration)["temperature"] for iteration in (0, 1)]
+    data = examples(vocab_size=28)
+    responses = {i: [tuple(r.rejected_ids) for r in model.roll_out(data, i)] for i in (1, 0)}
+    assert [model.rollout_settings(iteration)["temperature"] for iteration in (0, 1)] == settings
+    return settings, [responses[0], responses[1]]
+
+
+def test_each_iteration_has_its_temperature(workers: Any, archive: str) -> None:
+    (both,), (cool,), (hot,) = (workers.run(roll_out_at, archive, values) for values in ([0.5, 2.0], 0.5, 2.0))
+    assert both == ([0.5, 2.0], [cool[1][0], hot[1][1]])
+    assert cool[1][0] != hot[1][0]
+    assert cool[1][1] != hot[1][1]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from selfplay import BETA, SelfPlay
 
+from nemo_spin.losses import PAPER
 from nemo_spin.megatron import logprobs, steps
+from nemo_spin.megatron.spin_objective import spin_objective
 from nemo_spin.packing import packed
 from nemo_spin.pairs import Example, Pair, ResponseGroup
 
@@ -41,7 +43,7 @@ def packed_beside_separate(**options: Any) -> dict[str, Any]:
     found = []
     for batching in (replace(play.batching, packed=False, micro_batch_size=1), replace(play.batching, packed=True)):
         micro_batches = steps._spin_micro_batches(pairs, batching)
-        metrics = steps._train(play.optimizer, micro_batches, steps._spin_objective(BETA, 5), batching.vocab_size)
+        metrics = steps._train(play.optimizer, micro_batches, spin_objective(BETA, PAPER, 1 / 5), batching.vocab_size)
         gradients = {name: p.main_grad.clone() for name, p in play.gpt.named_parameters()}
         logps = steps.group_logps(play.gpt, [ResponseGroup.of_pair(pair) for pair in pairs], batching)
         found.append((metrics, gradients, torch.cat([one for both in logps for one in both])))

@@ -57,9 +57,8 @@ def test_pairs_of_the_iteration_before_are_scored_by_the_present_reference(
         for pair in pairs:
             assert pair.ref_chosen_logps == pytest.approx(own.ref_chosen_logps, abs=2e-5)
             assert abs(pair.ref_chosen_logps - before[index].ref_chosen_logps) > 1e-4, "the policy has moved since"
-    # With the log-probabilities of any other reference neither would be so.
+    # A margin that is not 0 only makes the mean larger: those of any other reference would be seen.
     assert run["history"][1]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert run["history"][1]["rewards/rejected"] == pytest.approx(0.0, abs=1e-5)
     assert not set(range(24)) - {index for iteration, index in run["requested"] if iteration == 1}
     assert len(run["requested"]) == 48, "what is replayed is not generated again"
     replayed = rows(tmp_path, "iteration-001", "of-iteration-000")
@@ -158,8 +157,7 @@ def test_a_reference_that_is_not_refreshed_stays_the_sft_model(
     assert run["history"][3]["loss"] != pytest.approx(0.693147, abs=1e-3), "in the second iteration it has moved away"
     # Interrupted where the second iteration begins, with a reference that is not the policy.
     directory = str(tmp_path / "run")
-    workers.run(training_run, *inputs, directory, interrupt_after=3, **fixed)
+    workers.run(training_run, *inputs, directory, interrupt_after=4, **fixed)
     end = workers.run(training_run, *inputs, directory, resume=True, **fixed)[0]
-    whole = workers.run(training_run, *inputs, str(tmp_path / "whole"), **fixed)[0]
-    assert end["history"] == whole["history"][3 - len(whole["history"]) :][-len(end["history"]) :]
-    assert len(end["history"]) in (3, 4)
+    assert [step["step"] for step in end["history"]] == [4, 5, 6]
+    assert [step["loss"] for step in end["history"]] == [step["loss"] for step in run["history"][3:]]

@@ -122,7 +122,7 @@ def steps_by(megatron: bool, options: dict[str, Any]) -> tuple[list[float], list
 
     def step(self: Optimizer, loss: float = 0.0) -> StepResult:
         lr = self.lr
-        _, grad_norm, _ = self._adam.step()
+        _, grad_norm, _ = self._optimizer.step()
         self._scheduler.step(1)
         return StepResult(float(grad_norm), lr, False)
 

@@ -108,6 +108,12 @@ FIELDS: dict[type, dict[str, Test]] = {
         "held_out_rollouts": _whole(0),
         "first_rollouts_from_data": _flag,
     },
+    schema.EquilibriumConfig: {
+        "accuracy": _none_or(_real(lambda accuracy: 0.5 <= accuracy <= 1)),
+        "logps_gap": _none_or(_above_0),
+        "exact_match": _none_or(_real(lambda share: 0 < share <= 1)),
+        "token_overlap": _none_or(_real(lambda share: 0 < share <= 1)),
+    },
     schema.ParallelConfig: {
         "num_nodes": _whole(1),
         "devices": _whole(1),
@@ -222,6 +228,9 @@ def _together(config: schema.SpinConfig) -> list[str]:
         "lengths": not 0 < spin.length_params.max_length < spin.length_params.min_length,
         "held-out data": not spin.held_out_rollouts or config.validation_ds is not None,
         "a metric that there is": config.checkpoint.monitor == "val_loss" or spin.held_out_rollouts > 0,
+        "held-out data for the equilibrium": not loop.stop_at_equilibrium.is_asked_for or spin.held_out_rollouts > 0,
+        "a best model that can be told": not config.checkpoint.save_best_model
+        or (config.validation_ds and (config.checkpoint.monitor != "val_loss" or loop.limit_val_batches > 0)),
         "a tokenizer": config.tokenizer is None
         or any((config.tokenizer.library, config.tokenizer.type, config.tokenizer.model)),
         "recomputed layers": (config.recompute.granularity == "full") == (config.recompute.method is not None)

@@ -19,13 +19,13 @@ FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "__init__.py errors.py faults.py where.py guards.py losses.py pairs.py packing.py micro_batches.py progress.py "
-        "mixture.py plan.py identity.py timing.py response_file.py config data",
+        "mixture.py plan.py identity.py timing.py equilibrium.py response_file.py config data",
         "megatron generation checkpoint reference.py rollouts.py rollout_files rollout_store.py memory.py "
         "stopping.py watchdog.py",
-        "model.py trainer.py iteration_pairs.py iteration_rollouts.py validation.py safeguards.py non_finite_report.py "
-        "tokenizers archive.py export.py reporting.py metrics_log.py",
-        "run.py experiment.py score.py generate.py data_view.py inspection.py convert.py doctor.py environment.py "
-        "launch.py processes.py run_lock.py cli.py commands quiet.py report",
+        "model.py trainer.py iteration_pairs.py iteration_rollouts.py validation.py equilibrium_check.py safeguards.py "
+        "non_finite_report.py tokenizers archive.py export.py reporting.py metrics_log.py",
+        "run.py best_iteration.py experiment.py score.py generate.py data_view.py inspection.py convert.py doctor.py "
+        "environment.py launch.py processes.py run_lock.py cli.py commands quiet.py report",
     )
 )
 FORBIDDEN = (NEMO | MEGATRON, NEMO, set(), set())

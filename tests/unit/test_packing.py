@@ -49,3 +49,16 @@ def test_what_is_gathered_twice_gets_both_gradients() -> None:
         gather_rows(x, index, shares).backward(grad)
         expected = torch.zeros(13, 3, dtype=torch.float64).index_add(0, index, grad)
         torch.testing.assert_close(x.grad, expected)
+
+
+def test_several_responses_to_a_prompt_attend_to_it_and_come_share_by_share() -> None:
+    groups = [ResponseGroup((1, 2), ((11,), (21, 22), (31,))), ResponseGroup((3,), ((41, 42), (51,)))]
+    for batch in (padded(groups, 0), packed(groups, 0), packed(groups, 0, share_prompts=False)):
+        assert batch.targets.ids.tolist() == [11, 41, 42, 21, 22, 51, 31]
+        assert batch.tokens.T.flatten()[batch.targets.predictors].tolist() == [2, 3, 41, 2, 21, 3, 2]
+        assert batch.targets.lengths == (1, 2, 2, 1, 1)
+    assert packed(groups, 0).tokens.tolist() == [[1, 2, 11, 21, 22, 31, 3, 41, 42, 51]]
+    # Of the THD form each response has a copy, the shared chosen one is there once.
+    copied = packed(groups, 0, share_prompts=False)
+    assert copied.tokens.tolist() == [[1, 2, 11, 3, 41, 42, 1, 2, 21, 22, 3, 51, 1, 2, 31]]
+    assert copied.lengths == (3, 3, 4, 2, 3)

@@ -135,6 +135,17 @@ def test_draws_follow_the_softmax_of_transformers_scores(settings: SamplingParam
     assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5
 
 
+@pytest.mark.parametrize(("before", "now"), [(1.0, 0.6), (0.6, 1.0), (0.7, 1.8)])
+def test_a_temperature_may_be_set_later(before: float, now: float) -> None:
+    settings = params(temperature=before, top_k=20, top_p=0.9)
+    sampler, expected = (Sampler(s, VOCAB, 0, ()) for s in (settings, params(temperature=now, top_k=20, top_p=0.9)))
+    sampler.temperature = now
+    sample_keys, lengths = torch.arange(200), torch.zeros(200, dtype=torch.int64)
+    found = sampler(random_logits(200), sample_keys, lengths)
+    assert torch.equal(found, expected(random_logits(200), sample_keys, lengths))
+    assert not torch.equal(found, Sampler(settings, VOCAB, 0, ())(random_logits(200), sample_keys, lengths))
+
+
 def test_bfloat16_logits_are_sampled_in_float32() -> None:
     logits = random_logits(50).to(torch.bfloat16)
     sampler = Sampler(params(temperature=0.7), VOCAB, 0, ())

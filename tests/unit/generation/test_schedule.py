@@ -78,6 +78,61 @@ def test_the_longest_prompts_come_first() -> None:
     assert [row.order for row in schedule.admit()] == [1, 3]
 
 
+# ------------------------------------------------------------------------------------------ several of one prompt
+
+
+def samples_of(lengths: list[int], samples: int) -> list[Row]:
+    """Samples of each prompt one after the other, orders counting them."""
+    rows = rows_of([length for length in lengths for _ in range(samples)])
+    for row in rows:
+        row.prompt_ids = (row.order // samples,) * len(row.prompt_ids)
+    return rows
+
+
+def test_rows_with_the_same_prompt_are_neighbours_in_any_order() -> None:
+    rows = samples_of([3, 3, 5, 3], 4)
+    for i, row in enumerate(rows):
+        row.order, row.budget = (i * 7) % 16, 1 + i % 3
+    waiting = Waiting(sorted(rows, key=lambda row: row.order))
+    prompts = [waiting.take().prompt_ids for _ in rows]
+    assert len(prompts[0]) == 5
+    assert all(len(set(prompts[i : i + 4])) == 1 for i in range(0, 16, 4))
+
+
+def test_without_the_same_prompts_the_order_is_what_it_was() -> None:
+    choice = random.Random(5)
+    rows = rows_of([choice.randint(1, 5) for _ in range(60)])
+    for row in rows:
+        row.budget = choice.randint(1, 3)
+    waiting = Waiting(rows)
+    expected = sorted(rows, key=lambda row: (-row.length, -row.budget, row.order))
+    assert [waiting.take() for _ in rows] == expected
+
+
+def test_prefill_tokens_count_what_is_read_once() -> None:
+    schedule = schedule_of(samples_of([5] * 4, 4), slots=64, prefill_tokens=10)
+    assert [row.order for row in schedule.admit()] == list(range(8))
+
+
+def test_samples_come_together_where_few_slots_have_to_wait_for_it() -> None:
+    # 3 of 11 slots are worth a prefill, so up to 3 samples of a prompt are kept together.
+    for samples, admitted in ((3, 9), (4, 11)):
+        schedule = schedule_of(samples_of([5] * 9, samples), slots=11, refill=3)
+        assert len(schedule.admit()) == admitted
+
+
+def test_more_samples_than_slots_come_to_their_end() -> None:
+    rows = samples_of([5] * 3, 7)
+    schedule = schedule_of(rows, slots=4)
+    finished: list[Row] = []
+    while len(finished) < len(rows):
+        schedule.admit()
+        for row in schedule.active:
+            row.finish_reason = "stop"
+        finished += schedule.leave()[0]
+    assert sorted(row.order for row in finished) == list(range(21))
+
+
 @pytest.mark.parametrize("cache_tokens", [160, 400, 1500])
 def test_the_cache_is_never_too_full_and_every_row_comes_to_its_end(cache_tokens: int) -> None:
     preemptions = sum(with_a_full_cache(random.Random(seed), cache_tokens) for seed in range(8))

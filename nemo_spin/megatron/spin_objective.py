@@ -1,0 +1,100 @@
+"""What SPIN minimizes: the loss of pairs, from the log-probabilities of the responses that went through the model.
+
+Pairs of one example share its chosen response, which is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_spin.config import LossConfig
+from nemo_spin.losses import sft_loss, spin_loss, spin_metrics
+from nemo_spin.megatron.forward import MicroBatch, Objective
+from nemo_spin.micro_batches import by_example, merged
+from nemo_spin.packing import ModelInput, Share, gather_rows, response_order
+from nemo_spin.pairs import Pair, ResponseGroup
+
+
+@dataclass(frozen=True, slots=True)
+class PairRows:
+    """The pairs of a micro-batch, in the order of their rejected responses, which stand behind all chosen ones.
+
+    weights: fp32 [b]. reference, tokens: fp32 [b, 2], the reference's log-probability in nats and the number of tokens
+    of chosen and rejected response. chosen: int64 [b], the row of each pair's chosen response. shares: see
+    `gather_rows`.
+    """
+
+    weights: Tensor
+    reference: Tensor
+    tokens: Tensor
+    chosen: Tensor
+    shares: tuple[Share, ...]
+
+    def to(self, device: torch.device) -> PairRows:
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        shares = tuple((moved(here), moved(source)) for here, source in self.shares)
+        return PairRows(*map(moved, (self.weights, self.reference, self.tokens, self.chosen)), shares)
+
+
+def spin_micro_batch(
+    pairs: Sequence[Pair],
+    groups: Sequence[ResponseGroup],
+    numbers: Sequence[int],
+    examples: Sequence[int],
+    weight: float,
+    collate: Callable[[Sequence[ResponseGroup]], ModelInput],
+) -> MicroBatch[PairRows]:
+    """What `share_out` put together. groups: each pair as one. numbers: those of it. weight: of each of its pairs."""
+    runs = by_example(numbers, examples)
+    together = merged(numbers, groups, examples)
+    # Of each rejected response the number of its group, and its own among the group's rejected ones.
+    order = [(group, response - 1) for group, response in response_order(together) if response > 0]
+    of_pairs = [pairs[runs[group][turn]] for group, turn in order]
+    chosen = torch.tensor([group for group, _ in order])
+    turns = torch.tensor([turn for _, turn in order])
+    here = [(turns == turn).nonzero().squeeze(1) for turn in range(max(map(len, runs)))]
+    rows = PairRows(
+        weights=torch.full((len(order),), weight),
+        reference=torch.tensor([[pair.ref_chosen_logps, pair.ref_rejected_logps] for pair in of_pairs]),
+        tokens=torch.tensor(
+            [[len(pair.example.response_ids), len(pair.rejected_ids)] for pair in of_pairs], dtype=torch.float32
+        ),
+        chosen=chosen,
+        shares=tuple((at, chosen[at]) for at in here),
+    )
+    return MicroBatch(collate(together), rows)
+
+
+def spin_objective(beta: float, loss: LossConfig, scale: float) -> Objective:
+    """The sum of the losses of a micro-batch's pairs times `scale`, and the sums of their metrics.
+
+    `loss` is what is minimized; with an SFT term, `spin_loss` and `sft_loss` are its parts.
+    """
+
+    def objective(micro_batch: MicroBatch[PairRows], per_token_logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = per_token_logps.sum(-1)
+        pairs = micro_batch.context.to(logps.device)
+        chosen = gather_rows(logps, pairs.chosen, pairs.shares)
+        rejected = logps[-len(pairs.chosen) :]
+        four = chosen, rejected, *pairs.reference.unbind(-1)
+        chosen_tokens, rejected_tokens = pairs.tokens.unbind(-1)
+        averaged = (chosen_tokens, rejected_tokens) if loss.preference_average_log_probs else None
+        losses = spin_loss(*four, beta, loss.loss_type, loss.label_smoothing, averaged)
+        values = {}
+        if loss.sft_loss_weight > 0:
+            nll = sft_loss(chosen, chosen_tokens)
+            values = {"spin_loss": losses.detach(), "sft_loss": nll.detach()}
+            losses = losses + loss.sft_loss_weight * nll
+        with torch.no_grad():
+            values |= spin_metrics(*four, beta, averaged)
+            values |= {"loss": losses, "tokens/chosen": chosen_tokens, "tokens/rejected": rejected_tokens}
+            sums = {name: (value * pairs.weights).sum() for name, value in values.items()}
+        return (losses * pairs.weights).sum() * scale, sums
+
+    return objective
