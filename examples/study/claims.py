@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from findings import LAST, SFT_MODEL, Estimate, Study
+from evidence import LAST, SFT_MODEL, Estimate, Study
 from tasks import Figure
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "fails", "undecided", "not measured"

@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 from claims import Claim, Comparison
-from findings import LAST, SFT_MODEL, Estimate, Study
+from evidence import LAST, SFT_MODEL, Estimate, Study
 
 _SECTION = "A language with a known optimum"
 # Rules that were fixed before the first run.
@@ -14,7 +14,7 @@ _NEARER, _OFF, _DRIFT = 10.0, 1.5, 0.02
 
 
 def claims(study: Study) -> list[Claim]:
-    return [_equilibrium(study), _closed_form(study), _beta(study), _stays(study)]
+    return [_equilibrium(study), _closed_form(study), _beta(study), _stays(study), _ends(study)]
 
 
 def _equilibrium(study: Study) -> Claim:
@@ -23,10 +23,10 @@ def _equilibrium(study: Study) -> Claim:
         "optimum",
         _SECTION,
         "Self-play goes to the data distribution",
-        "Theorem 5.2: the global optimum of self-play is reached where the policy is the data distribution, and only "
-        "there.",
-        f"KL(data || policy), computed by listing all responses: after the last iteration at most 1/{_NEARER:.0f} of "
-        "what it was before. The floor is how near one comes by counting the same examples.",
+        "Theorem 5.2: the global optimum of self-play is reached where the policy is the data distribution, and "
+        "only there.",
+        f"KL(data || policy), computed by listing all responses: after the last iteration at most 1/{_NEARER:.0f} "
+        "of what it was before. The floor is how near one comes by counting the same examples.",
         tuple(_factor(study, f"{study.variants[v].label}: last against before", v, LAST) for v in variants),
         ("language",),
         {
@@ -48,10 +48,10 @@ def _closed_form(study: Study) -> Claim:
         "closed form",
         _SECTION,
         "An iteration goes as far as Theorem 5.4 says",
-        "Theorem 5.4, for the logistic loss: the optimum of an iteration is p(t+1) proportional to "
-        "p(t)^(1 - 1/beta) p(data)^(1/beta).",
-        f"KL(data || policy) after iterations 0 and 1, within a factor of {_OFF} of what that comes to from the model "
-        "that was started from.",
+        "Theorem 5.4, for the logistic loss: the optimum of an iteration is p(t+1) proportional to p(t)^(1 - "
+        "1/beta) p(data)^(1/beta).",
+        "KL(data || policy) among the responses of the language after iterations 0 and 1, within a factor of "
+        f"{_OFF} of what the theorem says of an iteration from the opponent there was.",
         tuple(
             _off(study, f"beta {beta}, iteration {i}: found against predicted", f"language: beta {beta}", i)
             for beta in (2, 4)
@@ -60,18 +60,17 @@ def _closed_form(study: Study) -> Claim:
         ("language",),
         {
             "fails": "The theorem is of the optimum of an iteration over the whole distribution; here an iteration "
-            "ends "
-            "after some steps on a sample, and what it lacks adds up over iterations.",
-            "undecided": "The theorem is of the optimum of an iteration over the whole distribution; here an iteration "
             "ends after some steps on a sample, and what it lacks adds up over iterations.",
+            "undecided": "The theorem is of the optimum of an iteration over the whole distribution; here an "
+            "iteration ends after some steps on a sample, and what it lacks adds up over iterations.",
         },
     )
 
 
 def _off(study: Study, words: str, variant: str, iteration: int) -> Comparison:
-    found, way = study.values(variant, iteration, "kl"), study.values(variant, iteration, "predicted_kl")
-    ratios = [abs(math.log(found[seed] / way[seed])) - math.log(_OFF) for seed in found if seed in way]
-    sides = (study.estimate(variant, iteration, "kl"), study.estimate(variant, iteration, "predicted_kl"))
+    found, aim = study.values(variant, iteration, "kl_within"), study.values(variant, iteration, "aim")
+    ratios = [abs(math.log(found[seed] / aim[seed])) - math.log(_OFF) for seed in found if seed in aim]
+    sides = (study.estimate(variant, iteration, "kl_within"), study.estimate(variant, iteration, "aim"))
     return Comparison(words, *sides, Estimate.of(ratios), -1)
 
 
@@ -112,4 +111,26 @@ def _stays(study: Study) -> Claim:
             "fails": "At rest are expectations; on a finite sample the gradient is noise, and the model fits that "
             "sample.",
         },
+    )
+
+
+def _ends(study: Study) -> Claim:
+    variant = "language: ends"
+    iterations = 2 * study.scale.toy_iterations
+    made = [len(result.rows) - 1 for result in study.results[variant].values() if result.error is None]
+    early = Estimate.of([float(number - iterations) for number in made])
+    return Claim(
+        "ends",
+        _SECTION,
+        "The run ends by itself at the equilibrium",
+        "Section 4.1: the game is over when the main player can no longer tell human from generated responses.",
+        f"trainer.spin.stop_at_equilibrium.accuracy=0.55 ends the run before the last of {iterations} iterations, "
+        f"and not before the KL has come to 1/{_NEARER:.0f}.",
+        (
+            Comparison(
+                "iterations made, against those allowed", Estimate.of([float(n) for n in made]), None, early, -1
+            ),
+            _factor(study, "KL: last against before", variant, LAST),
+        ),
+        ("language",),
     )

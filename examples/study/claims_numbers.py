@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from claims import Claim, Comparing, Comparison, from_half
-from findings import LAST, SFT_MODEL, Study
+from evidence import LAST, SFT_MODEL, Study
 from numbers_task import ACCURACY
 from tasks import C2ST, KL
 
@@ -89,8 +89,8 @@ def _indistinguishable(study: Study, last: int) -> Claim:
         _SECTION,
         "In the end, generated and human answers can hardly be told apart",
         "Section 4.1 and Theorem 5.2: the game is over when the opponent can no longer be told from the human.",
-        "The distance from 0.5 of a classifier that was trained to tell them apart: after the last iteration against "
-        "the SFT model, and against iteration 0.",
+        "The distance from 0.5 of a classifier that was trained to tell them apart: after the last iteration "
+        "against the SFT model, and against iteration 0.",
         (
             apart(f"iteration {last} against the SFT model", ("SPIN", last), ("SPIN", SFT_MODEL), -1),
             apart(f"iteration {last} against iteration 0", ("SPIN", last), ("SPIN", 0), -1),
@@ -118,8 +118,9 @@ def _against_sft(study: Study, compare: Comparing, last: int) -> list[Claim]:
         ),
         ("iterations",),
         {
-            "fails": "The paper's SFT model had seen these very data; here it had learned from careless people, and "
-            "careful answers are news to it. That is the setting in which SPIN has something to teach, and so has SFT.",
+            "fails": "The paper's SFT model had seen these very data; here it had learned from careless people, "
+            "and careful answers are news to it. That is the setting in which SPIN has something to teach, and so "
+            "has SFT.",
         },
     )
     better = Claim(
@@ -137,8 +138,8 @@ def _against_sft(study: Study, compare: Comparing, last: int) -> list[Claim]:
         ),
         ("iterations",),
         {
-            "fails": "At the reference the expected gradient of SPIN is beta/2 times that of SFT, plus noise from the "
-            "sampled answers. Where people never disagree, as here, the SFT gradient is all there is to know.",
+            "fails": "At the reference the expected gradient of SPIN is beta/2 times that of SFT, plus noise from "
+            "the sampled answers. Where people never disagree, as here, the SFT gradient is all there is to know.",
         },
     )
     return [stuck, better]
@@ -178,11 +179,10 @@ def _mixing(compare: Comparing, last: int) -> Claim:
         "mixing",
         _SECTION,
         "Mixing in the pairs of the iteration before helps",
-        "Section 6.1: from iteration 1 on the paper trains on the pairs of the iteration before as well; it does not "
-        "say "
-        "what that brings.",
-        "Right answers after the last iteration, against model.spin.replay_iterations=0, which makes about half of the "
-        "steps, and against the same with as many steps (more epochs on its own pairs).",
+        "Section 6.1: from iteration 1 on the paper trains on the pairs of the iteration before as well; it does "
+        "not say what that brings.",
+        "Right answers after the last iteration, against model.spin.replay_iterations=0, which makes about half of "
+        "the steps, and against the same with as many steps (more epochs on its own pairs).",
         (
             compare(f"right answers after iteration {last}: with against without", ("SPIN", last), ("no mixing", last)),
             compare(
@@ -219,9 +219,8 @@ def _betas(study: Study, compare: Comparing, last: int) -> list[Claim]:
         "beta",
         _SECTION,
         "A larger beta keeps the policy closer to its opponent",
-        "Section 4.2: beta (lambda there) controls how far the policy moves from its opponent; Section 6.1 raises it "
-        "from "
-        "0.1 to 5 for the last iteration.",
+        "Section 4.2: beta (lambda there) controls how far the policy moves from its opponent; Section 6.1 raises "
+        "it from 0.1 to 5 for the last iteration.",
         "KL(opponent || policy) over the second half of iteration 0, as logged on the answers trained on, for "
         "neighbouring betas.",
         tuple(
@@ -235,9 +234,8 @@ def _betas(study: Study, compare: Comparing, last: int) -> list[Claim]:
         _SECTION,
         "SPIN works over a wide range of beta",
         f"The paper uses 0.1 and 5; here from {betas[0]:g} to {betas[-1]:g}, at one learning rate.",
-        "Right answers after the last iteration against the SFT model, and after iteration 0, where a beta too small "
-        "for "
-        "the learning rate shows first.",
+        "Right answers after the last iteration against the SFT model, and after iteration 0, where a beta too "
+        "small for the learning rate shows first.",
         tuple(
             compare(f"right answers, beta {beta:g}: iteration {i} against the SFT model", (name, i), (name, SFT_MODEL))
             for beta, name in zip(betas, names, strict=True)
@@ -257,8 +255,8 @@ def _losses(compare: Comparing, last: int) -> Claim:
         "losses",
         _SECTION,
         "The logistic loss is the best choice",
-        "Section 4.2: the logistic loss is chosen for its non-negativity, smoothness and fast decay; a linear one (the "
-        "correlation loss) has no bound, and lets the policy grow without limit.",
+        "Section 4.2: the logistic loss is chosen for its non-negativity, smoothness and fast decay; a linear one "
+        "(the correlation loss) has no bound, and lets the policy grow without limit.",
         "Right answers after the last iteration: logistic against the other losses of Table 1, at the same beta.",
         tuple(
             compare(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from claims import Claim, Comparing, from_half
-from findings import LAST, SFT_MODEL, Study
+from evidence import LAST, SFT_MODEL, Study
 from tasks import C2ST, NLL
 
 _SECTION = "Real text: GSM8K"
@@ -21,8 +21,7 @@ def claims(study: Study) -> list[Claim]:
         "SPIN improves the SFT model",
         "Section 6.2, as above.",
         "After iteration 0, on held-out problems: a classifier tells generated from human answers less well, and "
-        "more of "
-        "the equations in sampled answers are right.",
+        "more of the equations in sampled answers are right.",
         (
             apart("classifier's distance from guessing: iteration 0 against the SFT model", (_SPIN, 0), before, -1),
             figures["equations"]("right equations: the same", (_SPIN, 0), before),

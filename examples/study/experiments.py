@@ -25,7 +25,7 @@ VERSION = 1
 class Scale:
     """seeds, gsm8k_seeds: how many. examples: of the numbers that SPIN trains on, unless a run says otherwise.
     iterations: of SPIN. sft_steps: of the SFT model. held_out: prompts that are measured on. sizes: data sizes, in the
-    paper's proportions. few: for the comparison with SFT on limited data. gsm8k_*: the same there.
+    paper's proportions. few: for the comparison with SFT on limited data. gsm8k_*, toy_*: the same there.
     """
 
     name: str
@@ -46,28 +46,29 @@ class Scale:
     gsm8k_shape: Shape
     toy_examples: int
     toy_iterations: int
+    toy_sft_steps: int
 
 
 _SHAPES = {
     "small": Shape("1 layer of 64", 1, 64),
     "base": Shape("2 layers of 128", 2, 128),
-    "large": Shape("4 layers of 192", 4, 192),
+    "large": Shape("3 layers of 192", 3, 192),
 }
 _BETAS = (0.05, 0.5, 5.0, 50.0, 500.0)
 SCALES = {
     "fast": Scale(
         "fast", 2, 128, 2, 60, 128, (64, 128), (64,), (0.5, 50.0),
         {name: _SHAPES[name] for name in ("small", "base")},
-        2, 64, 1, 20, 48, Shape("1 layer of 64", 1, 64), 768, 2,
+        2, 64, 1, 20, 48, Shape("1 layer of 64", 1, 64), 768, 2, 80,
     ),
     "normal": Scale(
-        "normal", 4, 1024, 4, 800, 1024, (576, 1088, 2048), (128, 256, 512), _BETAS, _SHAPES,
-        3, 992, 3, 310, 384, Shape("2 layers of 128", 2, 128), 6144, 4,
+        "normal", 4, 1024, 4, 800, 1024, (576, 1088, 2048), (128, 512), _BETAS, _SHAPES,
+        3, 992, 3, 310, 384, Shape("2 layers of 128", 2, 128), 6144, 4, 300,
     ),
     "full": Scale(
         "full", 10, 2048, 4, 800, 1400, (576, 1088, 2048), (128, 256, 512, 1024), (0.005, *_BETAS, 5000.0),
         _SHAPES | {"huge": Shape("6 layers of 384", 6, 384, heads=8)},
-        10, 992, 4, 310, 384, Shape("4 layers of 256", 4, 256), 24576, 5,
+        10, 992, 4, 310, 384, Shape("4 layers of 256", 4, 256), 24576, 5, 600,
     ),
 }  # fmt: skip
 
@@ -76,8 +77,9 @@ SCALES = {
 class Job:
     """One run, of one seed.
 
-    shape: of the model; in the language where it starts, far or near. kind: start (an SFT model), spin, sft (further SFT in rounds of so many steps at lr) or language (the language with
-    a known optimum). examples: to train on. overrides: of conf/gpt_spin_tiny.yaml, beside the task's own.
+    kind: start (an SFT model), spin, sft (further SFT in rounds of so many steps) or language (the one with a known
+    optimum). shape: of the model; in the language where it starts, far or near. examples: to train on.
+    overrides: of conf/gpt_spin_tiny.yaml, beside the task's own.
     """
 
     task: str
@@ -139,7 +141,7 @@ def key_of(job: Job, scale: Scale, known: dict[str, Task]) -> str:
     """Names the result of a job by all that it depends on."""
     settings: dict[str, Any] = {"version": VERSION, "job": asdict(job)}
     if job.kind == "language":
-        settings["overrides"] = toy_language.OVERRIDES
+        settings |= {"overrides": toy_language.OVERRIDES, "steps": scale.toy_sft_steps}
     else:
         task = known[job.task]
         settings |= {
@@ -162,15 +164,17 @@ def _iterations(number: int) -> str:
 
 def _language(scale: Scale) -> list[Variant]:
     found = []
-    for name, label, beta, shape in (
-        ("beta 1", "beta 1", 1, "far"),
-        ("beta 2", "beta 2", 2, "far"),
-        ("beta 4", "beta 4", 4, "far"),
-        ("at the data", "beta 2, from a model that has learned the language", 2, "near"),
+    ends = ("trainer.spin.stop_at_equilibrium.accuracy=0.55",)
+    for name, label, beta, shape, iterations, options in (
+        ("beta 1", "beta 1", 1, "far", scale.toy_iterations, ()),
+        ("beta 2", "beta 2", 2, "far", scale.toy_iterations, ()),
+        ("beta 4", "beta 4", 4, "far", scale.toy_iterations, ()),
+        ("at the data", "beta 2, from a model that has learned the language", 2, "near", scale.toy_iterations, ()),
+        ("ends", "beta 2, ends by itself", 2, "far", 2 * scale.toy_iterations, ends),
     ):
-        overrides = (f"model.spin.ref_policy_kl_penalty={beta}", _iterations(scale.toy_iterations))
+        overrides = (f"model.spin.ref_policy_kl_penalty={beta}", _iterations(iterations), *options)
         job = Job("language", "language", shape, 0, scale.toy_examples, overrides)
-        found.append(Variant(f"language: {name}", label, job, _seeds(min(scale.seeds, 3))))
+        found.append(Variant(f"language: {name}", label, job, tuple(10 + seed for seed in _seeds(min(scale.seeds, 3)))))
     return found
 
 

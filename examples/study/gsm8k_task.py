@@ -32,9 +32,9 @@ class GSM8K(Task):
     max_length = 160
     template = "{input} {output}"
     batch_size = 32
-    lr = 2e-4
+    lr = 1e-4
     epochs = 1
-    beta = 0.5
+    beta = 5.0
     figures = (
         NLL,
         C2ST,

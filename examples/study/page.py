@@ -6,9 +6,9 @@ import base64
 import hashlib
 from pathlib import Path
 
-import tables
+import writing
 from claims import claims
-from findings import Study
+from evidence import Study
 from plots import plots
 
 from nemo_spin.report.page import write_whole
@@ -33,12 +33,12 @@ def write(study: Study, output: Path) -> None:
     scripts = [get_plotlyjs(), (theirs / "page.js").read_text(encoding="utf-8")]
     write_whole(
         environment.get_template("study.html.j2").render(
-            introduction=tables.introduction(study),
+            introduction=writing.introduction(study),
             claims=claims(study),
-            rows=tables.comparisons,
+            rows=writing.comparisons,
             failures=study.failures,
             plots=[(plot, Markup(plot.json)) for plot in plots(study)],
-            tables=tables.all_figures(study),
+            tables=writing.all_figures(study),
             hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
             scripts=[Markup(script) for script in scripts],
             style=Markup((theirs / "page.css").read_text(encoding="utf-8")),

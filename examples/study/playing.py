@@ -24,7 +24,9 @@ class Watcher(Reporter):
     """Looks at the policy at the end of each iteration, and adds up where the time went.
 
     In what is logged, `.../late` are means over the second half of the iteration's steps.
-    after_iteration: told the number of the iteration, the steps so far, and what the iteration logged at its end.
+    after_iteration: told the number of the iteration, the steps so far, and what the iteration logged at its start
+    (`equilibrium/*`, of the policy before it) and at its end.
+    reason: why the run ended before its last iteration; empty if it did not.
     """
 
     def __init__(self, after_iteration: Callable[[int, int, dict[str, float]], None]) -> None:
@@ -33,21 +35,33 @@ class Watcher(Reporter):
         self.seconds = {"rollouts": 0.0, "training steps": 0.0}
         self.logged: dict[int, dict[str, float]] = {}
         self._steps_logged: list[dict[str, float]] = []
+        self._at_start: dict[str, float] = {}
+        self.reason = ""
 
     def log(self, kind: str, progress: Progress, metrics: dict[str, float], **position: Any) -> None:
         if kind == "rollout":
             self.seconds["rollouts"] += metrics.get("time/rollout", 0.0)
+        if kind == "equilibrium":
+            self._at_start = dict(metrics)
         if kind == "train":
             self.seconds["training steps"] += metrics["time/train_step"]
             self._steps_logged.append(metrics)
         if kind == "iteration":
             late = self._steps_logged[len(self._steps_logged) // 2 :]
-            self.logged[progress.iteration] = dict(metrics) | {
-                f"{name}/late": sum(step[name] for step in late) / len(late)
-                for name in ("loss", "rewards/accuracies", "kl")
-            }
+            self.logged[progress.iteration] = (
+                self._at_start
+                | dict(metrics)
+                | {
+                    f"{name}/late": sum(step[name] for step in late) / len(late)
+                    for name in ("loss", "rewards/accuracies", "kl")
+                }
+            )
             self._steps_logged = []
             self.after_iteration(progress.iteration, progress.step, self.logged[progress.iteration])
+
+    def end(self, progress: Progress, reason: str) -> None:
+        self.reason = reason
+        super().end(progress, reason)
 
 
 class Player(SPINTrainer):

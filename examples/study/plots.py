@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from findings import SFT_MODEL, Study
+from evidence import SFT_MODEL, Study
 from tasks import C2ST, KL, NLL, Figure
 
 from nemo_spin.report.drawing import COLORS, layout, to_json
@@ -113,7 +113,7 @@ def _language(study: Study) -> Plot | None:
         series.append((label, [(i + 1, study.estimate(name, i, "kl")) for i in study.iterations(name)]))
     for name in names:
         if name in ("language: beta 2", "language: beta 4"):
-            predicted = [(i + 1, study.estimate(name, i, "predicted_kl")) for i in study.iterations(name)]
+            predicted = [(i + 1, study.estimate(name, i, "way")) for i in study.iterations(name)]
             series.append((f"{study.variants[name].label}, Theorem 5.4", predicted))
     if names:
         floors = [(i + 1, study.estimate(names[0], i, "floor")) for i in study.iterations(names[0])]

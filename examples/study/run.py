@@ -6,7 +6,7 @@
 1. data and tokenizers        numbers_task.py, gsm8k_task.py
 2. SFT models, then all runs  experiments.py is the table of them; worker.py makes them, in several processes
 3. verdicts                   claims.py, by rules that were fixed before the first run
-4. the report                 page.py (HTML), markdown.py (docs/study.md with --write-docs)
+4. the report                 page.py (HTML), document.py (docs/study.md with --write-docs)
 
 Finished runs are kept in the output directory: an interrupted study goes on where it was.
 """
@@ -99,18 +99,18 @@ def main() -> None:
     wall = time.monotonic() - started
     if args.only:
         return
-    import markdown
+    import document
     import page
-    from findings import Study
+    from evidence import Study
 
     study = Study.read(variants, output, scale, known, scheduler.seconds_here(wall))
-    print("\n" + markdown.summary(study))
+    print("\n" + document.summary(study))
     report = output / "study.html"
     page.write(study, report)
     print(f"Report: {os.path.relpath(report)}")
     if args.write_docs:
         path = REPO / "docs" / "study.md"
-        path.write_text(markdown.document(study), encoding="utf-8")
+        path.write_text(document.document(study), encoding="utf-8")
         print(f"Wrote {os.path.relpath(path)}")
     print(f"[{(time.monotonic() - started) / 60:.1f} min] Done")
 

@@ -139,7 +139,8 @@ class Scheduler:
 def _in_short(result: Result | None) -> str:
     if result is None or result.error is not None:
         return f"FAILED: {result.error if result else 'no result'}"
-    return f"{result.seconds['all']:.0f} s ({result.seconds['cpu']:.0f} of CPU), {', '.join(_headline(row) for row in result.rows)}"
+    figures = ", ".join(_headline(row) for row in result.rows)
+    return f"{result.seconds['all']:.0f} s ({result.seconds['cpu']:.0f} of CPU), {figures}"
 
 
 def _headline(row: Row) -> str:

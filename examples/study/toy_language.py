@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EOS, UNKNOWN, PROMPTS, LETTERS = "<eos>", "<unk>", ("P", "Q", "R"), ("a", "b", "c")
 TOKENS = (EOS, UNKNOWN, *PROMPTS, *LETTERS)
-LONGEST, CONTEXT = 3, 8
+LONGEST, CONTEXT, HELD_OUT = 3, 8, 999
 RESPONSES = [list(r) for n in range(1, LONGEST + 1) for r in itertools.product(LETTERS, repeat=n)]
 OVERRIDES = (
     "trainer.spin.max_epochs=5",
@@ -33,6 +33,7 @@ OVERRIDES = (
     "model.optim.sched.warmup_steps=10",
     "model.optim.weight_decay=0",
     "model.spin.replay_iterations=0",
+    f"model.spin.held_out_rollouts={HELD_OUT}",
     "model.global_batch_size=256",
     "model.micro_batch_size=256",
     "model.spin.rollout_batch_size=256",
@@ -117,13 +118,10 @@ def floor(probabilities: torch.Tensor, drawn: torch.Tensor) -> float:
     return kl(probabilities, (counts / counts.sum(-1, keepdim=True)).log())
 
 
-def predicted(probabilities: torch.Tensor, log_start: torch.Tensor, beta: float, iterations: int) -> list[float]:
-    """The KL after each iteration where each ends at its optimum: p_t^(1 - 1/beta) p_data^(1/beta), Theorem 5.4."""
-    log_policy, found = log_start.log_softmax(-1), []
-    for _ in range(iterations):
-        log_policy = ((1 - 1 / beta) * log_policy + probabilities.log() / beta).log_softmax(-1)
-        found.append(kl(probabilities, log_policy))
-    return found
+def optimum(probabilities: torch.Tensor, log_policy: torch.Tensor, beta: float) -> torch.Tensor:
+    """Log-probabilities of the policy at which an iteration from this one has its optimum, by Theorem 5.4:
+    p^(1 - 1/beta) p_data^(1/beta)."""
+    return ((1 - 1 / beta) * log_policy + probabilities.log() / beta).log_softmax(-1)
 
 
 def make_start(directory: Path, probabilities: torch.Tensor, seed: int, steps: int, examples: int) -> Path:
@@ -167,7 +165,7 @@ def make_start(directory: Path, probabilities: torch.Tensor, seed: int, steps: i
 
 
 def run(
-    job: Job, directory: Path, seconds: dict[str, float], sft_steps: int = 400
+    job: Job, directory: Path, seconds: dict[str, float], sft_steps: int
 ) -> Iterator[tuple[int, int, dict[str, float]]]:
     """Self-play in the language. Yields (iteration, step, figures); the first is the model that it starts from.
 
@@ -186,29 +184,35 @@ def run(
     seconds["SFT"] = time.perf_counter() - started
     drawn = sample(data, job.examples, job.seed)
     write(directory / "train.jsonl", drawn)
-    write(directory / "held_out.jsonl", sample(data, max(job.examples // 4, 96), job.seed + 2000))
+    write(directory / "held_out.jsonl", sample(data, HELD_OUT, job.seed + 2000))
     overrides = _overrides(job, directory)
     cfg, _ = playing.configuration([*overrides, f"pretrained_checkpoint.restore_from_path={start}"])
     log_start = log_probabilities(MegatronGPTSPINModel.restore_from(str(start)))
-    way = [math.nan] * cfg.loop.max_iterations
-    beta = cfg.spin.ref_policy_kl_penalty[0]
-    if beta >= 1 and len(set(cfg.spin.ref_policy_kl_penalty)) == 1:
-        way = predicted(data, log_start, beta, cfg.loop.max_iterations)
     lowest = floor(data, drawn)
-    rows = [(-1, 0, _figures(data, log_start, kl(data, log_start.log_softmax(-1)), lowest))]
+    rows = [(-1, 0, _figures(data, log_start, log_start, lowest))]
+    opponent = way = log_start
 
     def look(model: MegatronGPTSPINModel, iteration: int, step: int, logged: dict[str, float]) -> None:
-        figures = _figures(data, log_probabilities(model), way[iteration], lowest)
+        nonlocal opponent, way
+        beta = cfg.spin.ref_policy_kl_penalty[iteration]
+        way, aim = optimum(data, way, beta), optimum(data, opponent, beta)
+        opponent = log_probabilities(model)
+        figures = _figures(data, opponent, aim, lowest) | {"way": kl(data, way)}
         rows.append((iteration, step, figures | {f"train/{name}": value for name, value in logged.items()}))
 
     seconds |= playing.play(start, overrides, directory / "run", CONTEXT, directory / "cache", look)
     yield from rows
 
 
-def _figures(data: torch.Tensor, log_policy: torch.Tensor, way: float, lowest: float) -> dict[str, float]:
+def _figures(data: torch.Tensor, log_policy: torch.Tensor, aim: torch.Tensor, lowest: float) -> dict[str, float]:
+    """kl, kl_within: to the policy, and to the policy among the responses of the language. aim: the KL of what Theorem
+    5.4 says of an iteration from the opponent there was; way: of all iterations from the start. mass: of the policy, on
+    responses of the language."""
     return {
         "kl": kl(data, log_policy),
-        "predicted_kl": way,
+        "kl_within": kl(data, log_policy.log_softmax(-1)),
+        "aim": kl(data, aim.log_softmax(-1)),
+        "way": kl(data, aim.log_softmax(-1)),
         "floor": lowest,
         "mass": float(log_policy.exp().sum(-1).mean()),
     }

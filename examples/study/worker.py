@@ -112,7 +112,7 @@ class Laboratory:
     def _language(self, job: Job, scratch: Path, rows: list[Row], seconds: dict[str, float]) -> None:
         import toy_language
 
-        for row in toy_language.run(job, scratch, seconds):
+        for row in toy_language.run(job, scratch, seconds, self.scale.toy_sft_steps):
             rows.append(Row(*row))
 
     def _model(self, job: Job) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tables
+import writing
 from claims import Claim, claims
-from findings import Study
+from evidence import Study
 
 _HEAD = """# A study of SPIN
 
@@ -19,12 +19,12 @@ def summary(study: Study) -> str:
     width = max(len(claim.verdict) for claim in found)
     lines = [f"{claim.verdict:>{width}}  {claim.section}: {claim.title}" for claim in found]
     lines += [f"FAILED RUN: {failure}" for failure in study.failures]
-    return "\n".join([*lines, "", tables.introduction(study)[-1]])
+    return "\n".join([*lines, "", writing.introduction(study)[-1]])
 
 
 def document(study: Study) -> str:
     found = claims(study)
-    parts = [_HEAD, *(f"{paragraph}\n" for paragraph in tables.introduction(study)), "## Verdicts\n"]
+    parts = [_HEAD, *(f"{paragraph}\n" for paragraph in writing.introduction(study)), "## Verdicts\n"]
     parts.append(_table(["claim", "where", "verdict"], [[c.title, c.section, f"**{c.verdict}**"] for c in found]))
     if study.failures:
         parts += ["## Runs that failed\n", "\n".join(f"- {failure}" for failure in study.failures) + "\n"]
@@ -32,7 +32,7 @@ def document(study: Study) -> str:
         parts.append(f"## {section}\n")
         parts += [_claim(claim) for claim in found if claim.section == section]
     parts.append("## All figures\n")
-    for title, columns, rows in tables.all_figures(study):
+    for title, columns, rows in writing.all_figures(study):
         parts += [f"{title}.\n", _table(columns, rows)]
     return "\n".join(parts)
 
@@ -42,7 +42,7 @@ def _claim(claim: Claim) -> str:
     if claim.reason:
         lines.append(f"Why: {claim.reason}\n")
     columns = ["comparison", "this", "other", "difference (95% interval)", "seeds", "verdict"]
-    return "\n".join([*lines, _table(columns, tables.comparisons(claim))])
+    return "\n".join([*lines, _table(columns, writing.comparisons(claim))])
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:

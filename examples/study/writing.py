@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 
 from claims import Claim, Comparison
-from findings import SFT_MODEL, Estimate, Study
+from evidence import SFT_MODEL, Estimate, Study
 from tasks import Figure
 
-_KL = (Figure("kl", "KL(data, policy)", "lower", "{:.4f}"), Figure("predicted_kl", "by Theorem 5.4", "none", "{:.4f}"))
 _LANGUAGE = (
-    *_KL,
+    Figure("kl", "KL(data, policy)", "lower", "{:.4f}"),
+    Figure("kl_within", "among responses of the language", "lower", "{:.4f}"),
+    Figure("aim", "Theorem 5.4 from the opponent there was", "none", "{:.4f}"),
+    Figure("way", "Theorem 5.4 from the start", "none", "{:.4f}"),
     Figure("floor", "by counting", "none", "{:.4f}"),
-    Figure("train/rewards/accuracies/late", "SPIN's accuracy", "none"),
+    Figure("mass", "probability of the language's responses", "none"),
+    Figure("train/val/rewards/accuracies", "SPIN's accuracy on held-out pairs", "none"),
 )
 
 
@@ -20,35 +23,29 @@ def introduction(study: Study) -> list[str]:
     """Paragraphs: what was done, at what scale, and how long it took."""
     scale, numbers = study.scale, study.known["numbers"]
     paragraphs = [
-        "Chen et al. 2024 (arXiv 2401.01335) tried SPIN with one model of 7 billion parameters. Here every claim of "
-        "theirs "
-        "is looked up with models of some hundred thousand parameters that are made on the spot, with several seeds, "
-        "on "
-        f"tasks where the answer can be computed. All numbers come from runs of this package: scale {scale.name!r}, "
-        f"{scale.seeds} seeds{f', {scale.gsm8k_seeds} on GSM8K' if study.has_gsm8k else ''}. Learning rates, betas and "
-        "sizes were chosen on seed 0; the study has the seeds from 1 on.",
+        "Chen et al. 2024 (arXiv 2401.01335) tried SPIN with one model of 7 billion parameters. Here every claim "
+        "of theirs is looked up with models of some hundred thousand parameters that are made on the spot, with "
+        "several seeds, on tasks where the answer can be computed. All numbers come from runs of this package: "
+        f"scale {scale.name!r}, {scale.seeds} seeds{f', {scale.gsm8k_seeds} on GSM8K' if study.has_gsm8k else ''}. "
+        "Learning rates, betas and sizes were chosen on seed 0; the study has the seeds from 1 on.",
         f"Numbers in words: a model learns ({numbers.sft.steps} steps) to write numbers in words from "
-        f"{numbers.train:,} "
-        "answers of careless people, 45% of which have a mistake; SPIN and its controls then train on up to "
-        f"{max(*scale.sizes, scale.examples):,} right answers, {scale.examples:,} unless said otherwise, "
-        f"{numbers.epochs} epochs an iteration, batches of {numbers.batch_size}, learning rate {numbers.lr:g}, beta 5. "
-        f"Figures are of {scale.held_out:,} held-out numbers.",
-        "A claim holds where the 95% confidence interval of the mean paired difference (Student's t over seeds) lies "
-        "on "
-        "the claimed side of zero, fails where it lies on the other, and is undecided where zero is inside; of several "
-        "comparisons all have to hold. The rules were written before the first run. With some dozens of comparisons "
-        "one or "
-        "two come out wrongly by chance.",
+        f"{numbers.train:,} answers of careless people, 45% of which have a mistake; SPIN and its controls then "
+        f"train on up to {max(*scale.sizes, scale.examples):,} right answers, {scale.examples:,} unless said "
+        f"otherwise, {numbers.epochs} epochs an iteration, batches of {numbers.batch_size}, learning rate "
+        f"{numbers.lr:g}, beta 5. Figures are of {scale.held_out:,} held-out numbers.",
+        "A claim holds where the 95% confidence interval of the mean paired difference (Student's t over seeds) "
+        "lies on the claimed side of zero, fails where it lies on the other, and is undecided where zero is "
+        "inside; of several comparisons all have to hold. The rules were written before the first run. With some "
+        "dozens of comparisons one or two come out wrongly by chance.",
     ]
     if study.has_gsm8k:
         text = study.known["gsm8k"]
         paragraphs.append(
             f"Real text: GSM8K's {text.train:,} problems that fit into {text.context} tokens with their answers; a "
-            "model "
-            f"from scratch ({scale.gsm8k_shape.label}) learns them ({text.sft.steps} steps of {text.sft.batch_size}) "
-            "and then "
-            f"plays on the same ones, {text.epochs} epoch an iteration, batches of {text.batch_size}, learning rate "
-            f"{text.lr:g}, beta {text.beta:g}. Figures are of {text.held_out} held-out problems."
+            f"model from scratch ({scale.gsm8k_shape.label}) learns them ({text.sft.steps} steps of "
+            f"{text.sft.batch_size}) and then plays on the same ones, {text.epochs} epoch an iteration, batches of "
+            f"{text.batch_size}, learning rate {text.lr:g}, beta {text.beta:g}. Figures are of {text.held_out} "
+            "held-out problems."
         )
     else:
         paragraphs.append(
@@ -64,10 +61,8 @@ def introduction(study: Study) -> list[str]:
     number = sum(len(results) for results in study.results.values())
     paragraphs.append(
         f"Time: {study.seconds['wall'] / 60:.1f} minutes for {study.seconds['runs']:.0f} runs that were not there "
-        "yet; all "
-        f"{number} runs together took {spent.get('all', 0.0) / 60:.1f} minutes of one process: {parts}. Runs that "
-        "failed: "
-        f"{len(study.failures)}."
+        f"yet; all {number} runs together took {spent.get('all', 0.0) / 60:.1f} minutes of one process: {parts}. "
+        f"Runs that failed: {len(study.failures)}."
     )
     return paragraphs
 
