@@ -23,6 +23,7 @@ def claims(study: Study) -> list[Claim]:
         _refresh(compare, last),
         _longer(study, compare, last),
         _mixing(compare, last),
+        _responses(compare, last),
         _data(study, compare),
         *_betas(study, compare, last),
         _losses(compare, last),
@@ -195,6 +196,26 @@ def _mixing(compare: Comparing, last: int) -> Claim:
     )
 
 
+def _responses(compare: Comparing, last: int) -> Claim:
+    return Claim(
+        "responses",
+        _SECTION,
+        "Several responses to a prompt are better than seeing one again",
+        "The paper has one response to each prompt. Of this package: the rejected term is noise of mean zero at "
+        "first, and more responses average it.",
+        "Right answers after the last iteration with model.spin.num_generations=2 and half of the epochs, against "
+        "one response, both without mixing: as many steps on twice as many pairs.",
+        (
+            compare(
+                f"right answers after iteration {last}: two responses against one",
+                ("two responses", last),
+                ("no mixing, equal steps", last),
+            ),
+        ),
+        ("controls",),
+    )
+
+
 def _data(study: Study, compare: Comparing) -> Claim:
     names = [f"data {size}" for size in study.scale.sizes]
     return Claim(
@@ -282,6 +303,11 @@ def _limited_data(study: Study, compare: Comparing) -> Claim:
         "Two iterations on few examples, with as many steps as on all of them, against as many steps of SFT.",
         tuple(comparisons),
         ("limited",),
+        {
+            "fails": "The answers never disagree and follow one rule, so that a few of them, learned by heart, say "
+            "it all; SFT learns them faster than SPIN, whose loss is satisfied once human answers are likelier "
+            "than the opponent's.",
+        },
     )
 
 

@@ -130,11 +130,9 @@ def steps_of(task: Task, examples: int, iterations: int, epochs: int | None = No
 
 
 def table(scale: Scale, known: dict[str, Task]) -> list[Variant]:
-    """All variants, in the order in which they are run."""
-    variants = _language(scale) + _numbers(scale, known["numbers"])
-    if "gsm8k" in known:
-        variants += _gsm8k(scale, known["gsm8k"])
-    return variants
+    """All variants, in the order in which they are run: short runs last, so that no process waits long for others."""
+    text = _gsm8k(scale, known["gsm8k"]) if "gsm8k" in known else []
+    return _language(scale) + text + _numbers(scale, known["numbers"])
 
 
 def key_of(job: Job, scale: Scale, known: dict[str, Task]) -> str:
@@ -206,6 +204,14 @@ def _numbers(scale: Scale, task: Task) -> list[Variant]:
         "without mixing, as many steps",
         "model.spin.replay_iterations=0",
         f"trainer.spin.max_epochs=[{','.join(map(str, epochs))}]",
+    )
+    halved = [max(number // 2, 1) for number in epochs]
+    spin(
+        "two responses",
+        "two responses to each prompt, without mixing, as many steps",
+        "model.spin.replay_iterations=0",
+        "model.spin.num_generations=2",
+        f"trainer.spin.max_epochs=[{','.join(map(str, halved))}]",
     )
     per_epoch = steps_of(task, scale.examples, 1, epochs=1)[0]
     for last in sorted({1, scale.iterations - 1}):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from starting_models import let_go_of
 
 import nemo_spin.quiet  # noqa: F401
 from nemo_spin.config import SpinConfig, config_dir, parse_config
@@ -114,7 +115,7 @@ def play(
     watcher = Watcher(after_iteration)
     trainer = Player(cfg, model, data, held_out, directory, watcher, Stopping())
     trainer.fit()
-    _let_go_of(model)
+    let_go_of(model.optimizer)
     return watcher.seconds | {"measuring": looking}
 
 
@@ -127,17 +128,3 @@ def _load(section: Any, model: MegatronGPTSPINModel, context: int, cache: Path) 
         overlong=section.overlong,
         cache_dir=cache,
     )
-
-
-def _let_go_of(model: MegatronGPTSPINModel) -> None:
-    """megatron-core hangs hooks that know the model on autograd's nodes, a circle that Python's collector does not see:
-    without this a process that makes a hundred runs keeps a hundred models."""
-    import gc
-    import types
-
-    wrapped = model.optimizer.model
-    for referrer in gc.get_referrers(wrapped):
-        if isinstance(referrer, types.CellType):
-            with suppress(ValueError):
-                referrer.cell_contents = None
-    gc.collect()

@@ -36,7 +36,7 @@ def plots(study: Study) -> list[Plot]:
             study,
             "controls",
             "What makes it self-play",
-            ("SPIN", "no refresh", "no mixing", "no mixing, equal steps", *longer, "rmsprop"),
+            ("SPIN", "no refresh", "no mixing", "no mixing, equal steps", "two responses", *longer, "rmsprop"),
             _ACCURACY,
         ),
         _by_value(

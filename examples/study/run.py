@@ -76,6 +76,10 @@ def find_gsm8k(given: Path | None) -> Path | None:
 
 def main() -> None:
     args = parse()
+    if args.write_docs and args.scale == "fast":
+        raise UserError(
+            "--fast only shows that the study runs, its figures do not belong in docs/: leave out one of the two."
+        )
     for received in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(received, signal.default_int_handler)
     # Workers inherit it, and torch looks while it is imported.

@@ -12,6 +12,7 @@ from tasks import SFT, Shape, Task
 if TYPE_CHECKING:
     from nemo_spin import MegatronGPTSPINModel
     from nemo_spin.data.dataset import SFTDataset
+    from nemo_spin.megatron.optimizer import Optimizer
 
 
 def new_model(task: Task, data: Path, shape: Shape, seed: int) -> MegatronGPTSPINModel:
@@ -32,7 +33,9 @@ def make_starting_model(task: Task, data: Path, shape: Shape, seed: int, output:
     """SFT from random weights; written to `output` as a `.nemo`."""
     model = new_model(task, data, shape, seed)
     learned = read(task, model, data, data / "sft.jsonl")
-    FineTuning(model, learned, task.sft, seed).run(task.sft.steps, task.sft.lr)
+    tuning = FineTuning(model, learned, task.sft, seed)
+    tuning.run(task.sft.steps, task.sft.lr)
+    let_go_of(tuning.optimizer)
     model.save_to(output)
     return model
 
@@ -56,6 +59,19 @@ def train_on(
         tuning.run(steps, lr)
         done += steps
         after_round(number, done)
+    let_go_of(tuning.optimizer)
+
+
+def let_go_of(optimizer: Optimizer) -> None:
+    """megatron-core hangs hooks that know the model on autograd's nodes, a circle that Python's collector does not see:
+    without this a process that makes a hundred runs keeps a hundred models."""
+    import gc
+    import types
+
+    for referrer in gc.get_referrers(optimizer.model):
+        if isinstance(referrer, types.CellType):
+            referrer.cell_contents = None
+    gc.collect()
 
 
 def read(task: Task, model: MegatronGPTSPINModel, data: Path, file: Path) -> SFTDataset:

@@ -52,6 +52,10 @@ def introduction(study: Study) -> list[str]:
             "Real text was left out: GSM8K was not there. Give its directory with --gsm8k, with train.jsonl and "
             'validation.jsonl, one {"input", "output"} a line.'
         )
+    paragraphs.append(
+        "Not looked at: the Open LLM Leaderboard and MT-Bench, which small models cannot answer, and the "
+        "comparison with DPO on preferences of GPT-4, for which there are none."
+    )
     spent = study.spent()
     parts = ", ".join(
         f"{name} {spent[name] / 60:.1f}"
