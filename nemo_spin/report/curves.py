@@ -9,7 +9,6 @@ from itertools import accumulate
 from typing import Any
 
 from nemo_spin.report.drawing import COLORS, Figure, layout, to_json
-from nemo_spin.report.findings import LN_2
 from nemo_spin.report.history import History, Series
 from nemo_spin.report.run_directory import Run
 
@@ -49,9 +48,9 @@ CURVES = (
         "loss",
         "Loss",
         "nats",
-        ("loss", "val/loss"),
-        "Every iteration begins at ln 2, where policy and reference are the same, and falls as it learns.",
-        (LN_2, "ln 2"),
+        ("loss", "spin_loss", "sft_loss", "val/loss"),
+        "Every iteration begins at the level that is marked, where policy and reference are the same, and falls as it "
+        "learns.",
     ),
     Curves(
         "margins",
@@ -176,6 +175,8 @@ def draw(spec: Curves, run: Run) -> Figure | None:
 
 
 def _level(spec: Curves, run: Run) -> tuple[float, str] | None:
+    if spec.key == "loss":
+        return run.loss_at_margin_0
     if spec.key == "grad_norm":
         limit = run.number("trainer.spin.gradient_clip_val") or 0.0
         return (limit, "clipped above") if limit > 0 else None

@@ -16,8 +16,6 @@ from nemo_spin.report import guard_findings
 from nemo_spin.report.history import History
 from nemo_spin.report.run_directory import Run
 
-LN_2 = math.log(2.0)
-
 FIRST_LOSS_TOLERANCE = 0.05  # first loss of an iteration: bf16 rounds long responses by less
 MIN_STEPS = 10  # an iteration with fewer training lines is not judged by its curves
 PART = 0.1  # of an iteration's lines: what "at its beginning" and "at its end" mean
@@ -25,7 +23,7 @@ FALLING_SHARE = 0.1  # the chosen reward falls by this share of what the margin 
 FALLING_LOGPS = 0.05  # the same from logps/chosen, relative to where they began: batches differ by some per cent
 ACCURACY_NEAR_1 = 0.98
 EARLY = 0.5  # of an iteration's steps
-STILL_LOSS = 0.02  # nats below ln 2 at the end of an iteration
+STILL_LOSS = 0.02  # below where it began, at the end of an iteration
 STILL_ACCURACY = 0.55
 LARGE_KL_PER_TOKEN = 0.2  # nats per token of a rejected response
 LARGE_KL = 50.0  # nats per response, where its length is not logged
@@ -87,12 +85,13 @@ def _not_finite(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def _first_loss(run: Run) -> Iterator[tuple[str, str, str]]:
     for record in run.history.records:
-        loss = record.metrics.get("loss", math.nan)
+        loss = record.metrics.get(run.spin_loss, math.nan)
         is_first = record.kind == "train" and record.position.get("iteration_step", 0) == 1
-        if is_first and abs(loss - LN_2) > FIRST_LOSS_TOLERANCE:
+        level, name = run.loss_at_margin_0
+        if is_first and run.begins_at_reference(record.iteration) and abs(loss - level) > FIRST_LOSS_TOLERANCE:
             yield (
-                f"Iteration {record.iteration} did not begin at ln 2",
-                f"Its first loss is {loss:.4f}. There policy and reference are the same, so it has to be 0.6931.",
+                f"Iteration {record.iteration} did not begin at {name}",
+                f"Its first loss is {loss:.4f}. There policy and reference are the same, so it has to be {level:.4f}.",
                 "loss",
             )
 
@@ -144,17 +143,19 @@ def _standing_still(run: Run) -> Iterator[tuple[str, str, str]]:
     for iteration in _judged(run.history):
         if iteration == run.last_position.iteration and not run.is_finished:
             continue  # it still may move
-        loss, accuracy = (_ends(run.history, name, iteration) for name in ("loss", "rewards/accuracies"))
-        if loss is None or loss[1] < LN_2 - STILL_LOSS or (accuracy is not None and accuracy[1] > STILL_ACCURACY):
+        loss, accuracy = (_ends(run.history, name, iteration) for name in (run.spin_loss, "rewards/accuracies"))
+        level, name = run.loss_at_margin_0
+        if loss is None or loss[1] < level - STILL_LOSS or (accuracy is not None and accuracy[1] > STILL_ACCURACY):
             continue
-        above = loss[1] > LN_2 + STILL_LOSS
+        above = loss[1] > level + STILL_LOSS
+        at_start = name if name == f"{level:g}" else f"{name} = {level:.4f}"
         yield (
             f"Iteration {iteration} {'got worse' if above else 'did not move'}",
             f"The loss at its end is {loss[1]:.4f}, "
             + (
-                "above ln 2 = 0.6931: the policy prefers the generated responses. The steps are too large."
+                f"above {at_start}: the policy prefers the generated responses. The steps are too large."
                 if above
-                else "still near ln 2 = 0.6931: the learning rate or beta is too small, or there is nothing to learn."
+                else f"still near {at_start}: the learning rate or beta is too small, or there is nothing to learn."
             ),
             "rewards/margins",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,20 @@ class Run:
         if isinstance(value, list):
             value = value[iteration] if iteration < len(value) else None
         return _number(value)
+
+    @property
+    def spin_loss(self) -> str:
+        """The metric of SPIN's loss, without an SFT term that may have been added to it."""
+        return "spin_loss" if (self.number("model.spin.sft_loss_weight") or 0.0) > 0 else "loss"
+
+    @property
+    def loss_at_margin_0(self) -> tuple[float, str]:
+        """SPIN's loss where policy and reference are the same, and its name."""
+        return (math.log(2.0), "ln 2") if self.get("model.spin.loss_type") in (None, "logistic") else (1.0, "1")
+
+    def begins_at_reference(self, iteration: int) -> bool:
+        """Whether policy and reference are the same when an iteration begins."""
+        return iteration == 0 or self.get("model.spin.refresh_reference") is not False
 
     @property
     def max_iterations(self) -> int | None:

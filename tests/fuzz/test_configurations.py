@@ -103,7 +103,7 @@ def check_review(cfg: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_overrides(fuzz: Fuzz) -> None:
-    tally = fuzz(OVERRIDES, check_overriding, number=40)
+    tally = fuzz(OVERRIDES, check_overriding, number=120)
     assert tally.outcomes["taken"] and tally.outcomes["refused"]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_run import Line, each, make
+from fake_run import LN_2, Line, each, make
 
-from nemo_spin.report.findings import LN_2, find
+from nemo_spin.report.findings import find
 from nemo_spin.report.run_directory import read_run
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
@@ -206,6 +206,30 @@ def test_the_thresholds_are_those_of_the_run(tmp_path: Path) -> None:
         config.write_text(config.read_text().replace("    ref_policy", f"    guards: {guards}\n    ref_policy"))
         assert guards in config.read_text()
         assert [finding.check for finding in find(read_run(directory))] == expected, guards
+
+
+def test_other_losses_begin_elsewhere(tmp_path: Path) -> None:
+    """Hinge, exponential and linear at 1; with an SFT term SPIN's part counts; a fixed reference is left behind."""
+    first, later = curve("loss", lambda step: 1.0 if step == 1 else 0.4), sets(spin_loss=0.4)
+    started_with = {
+        "loss_type: hinge": first,
+        "sft_loss_weight: 0.5": together(
+            curve("loss", lambda step: 2.0), later, curve("spin_loss", lambda step: LN_2 if step == 1 else 0.4)
+        ),
+        "refresh_reference: false": curve("loss", lambda step: LN_2 if step == 1 else 0.4),
+    }
+    for number, (key, change) in enumerate(started_with.items()):
+        directory = make(tmp_path / str(number), steps=STEPS, change=change)
+        config = directory / "config.yaml"
+        assert ("first_loss" in {f.check for f in find(read_run(directory))}) == (key != "refresh_reference: false")
+        config.write_text(config.read_text().replace("    ref_policy", f"    {key}\n    ref_policy"))
+        assert "first_loss" not in {f.check for f in find(read_run(directory))}, key
+    late = curve("loss", lambda step: 0.4)
+    run = make(tmp_path / "late", steps=STEPS, change=late)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("    ref_policy", "    refresh_reference: false\n    ref_policy"))
+    first_losses = [f.title for f in find(read_run(run)) if f.check == "first_loss"]
+    assert first_losses == ["Iteration 0 did not begin at ln 2"]
 
 
 def test_a_short_or_running_iteration_is_not_judged_by_its_curves(tmp_path: Path) -> None:
