@@ -64,7 +64,7 @@ def _later_iterations(study: Study, compare: Comparing, last: int) -> list[Claim
     )
     gains = [
         compare.changes(
-            f"gain of iteration {i} against that of iteration {i - 1}",
+            f"gain of iteration {i - 1} against that of iteration {i}",
             (("SPIN", i - 2 if i > 1 else SFT_MODEL), ("SPIN", i - 1)),
             (("SPIN", i - 1), ("SPIN", i)),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import writing
 from claims import Claim, claims
 from evidence import Study
@@ -9,7 +11,7 @@ from evidence import Study
 _HEAD = """# A study of SPIN
 
 Written by `make study` (`examples/study/`) from the figures of its runs; nothing here is written by hand but the
-reasons. It takes half an hour on two cores; `make study STUDY_ARGS=--full` is for a GPU or a night.
+reasons. It takes half an hour on two cores; `make study STUDY_ARGS=--full` is for a GPU (not tried) or a night.
 """
 
 
@@ -24,7 +26,7 @@ def summary(study: Study) -> str:
 
 def document(study: Study) -> str:
     found = claims(study)
-    parts = [_HEAD, *(f"{paragraph}\n" for paragraph in writing.introduction(study)), "## Verdicts\n"]
+    parts = [_HEAD, *map(_wrapped, writing.introduction(study)), "## Verdicts\n"]
     parts.append(_table(["claim", "where", "verdict"], [[c.title, c.section, f"**{c.verdict}**"] for c in found]))
     if study.failures:
         parts += ["## Runs that failed\n", "\n".join(f"- {failure}" for failure in study.failures) + "\n"]
@@ -38,11 +40,19 @@ def document(study: Study) -> str:
 
 
 def _claim(claim: Claim) -> str:
-    lines = [f"### {claim.title}: {claim.verdict}\n", f"The paper: {claim.paper}\n", f"Here: {claim.here}\n"]
+    lines = [
+        f"### {claim.title}: {claim.verdict}\n",
+        _wrapped(f"The paper: {claim.paper}"),
+        _wrapped(f"Here: {claim.here}"),
+    ]
     if claim.reason:
-        lines.append(f"Why: {claim.reason}\n")
+        lines.append(_wrapped(f"Why: {claim.reason}"))
     columns = ["comparison", "this", "other", "difference (95% interval)", "seeds", "verdict"]
     return "\n".join([*lines, _table(columns, writing.comparisons(claim))])
+
+
+def _wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:

@@ -27,7 +27,8 @@ def introduction(study: Study) -> list[str]:
         "of theirs is looked up with models of some hundred thousand parameters that are made on the spot, with "
         "several seeds, on tasks where the answer can be computed. All numbers come from runs of this package: "
         f"scale {scale.name!r}, {scale.seeds} seeds{f', {scale.gsm8k_seeds} on GSM8K' if study.has_gsm8k else ''}. "
-        "Learning rates, betas and sizes were chosen on seed 0; the study has the seeds from 1 on.",
+        "Learning rates, betas and sizes were chosen on seed 0 (of the language on 0 and 1), which the study does "
+        "not have.",
         f"Numbers in words: a model learns ({numbers.sft.steps} steps) to write numbers in words from "
         f"{numbers.train:,} answers of careless people, 45% of which have a mistake; SPIN and its controls then "
         f"train on up to {max(*scale.sizes, scale.examples):,} right answers, {scale.examples:,} unless said "
