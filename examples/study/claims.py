@@ -1,4 +1,5 @@
-"""What the paper claims, and whether it held here. The rules were written before the first run of the study.
+"""What the paper claims, and whether it held here. The rules were fixed before the first run on the
+study's seeds, and after those for tuning.
 
 A comparison holds where the 95% confidence interval of the mean difference (Student's t over seeds, paired: both runs
 of a pair start from the same SFT model) lies on the claimed side of zero, fails where it lies on the other, and is

@@ -5,7 +5,7 @@
 
 1. data and tokenizers        numbers_task.py, gsm8k_task.py
 2. SFT models, then all runs  experiments.py is the table of them; worker.py makes them, in several processes
-3. verdicts                   claims.py, by rules that were fixed before the first run
+3. verdicts                   claims.py, by rules that were fixed before the first run on these seeds
 4. the report                 page.py (HTML), document.py (docs/study.md with --write-docs)
 
 Finished runs are kept in the output directory: an interrupted study goes on where it was.
