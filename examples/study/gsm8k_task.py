@@ -16,7 +16,7 @@ from typing import Any
 
 from tasks import C2ST, LENGTH, NLL, SFT, Figure, Shape, Task, ngrams, write_records
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 FILES = ("train.jsonl", "validation.jsonl")
 VOCABULARY = 1024

@@ -14,7 +14,7 @@ from typing import Any
 
 from tasks import C2ST, LENGTH, NLL, SFT, Figure, Shape, Task, ngrams, write_records
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "quickstart"))
 
 from numbers_in_words import PROMPT_TEMPLATE, in_words, in_words_carelessly, write_tokenizer
 
