@@ -6,6 +6,7 @@
 # make bench        speed and memory, side by side with transformers
 # make bench-peers  an iteration and its parts, side by side with transformers and TRL (BENCH_ARGS=--quick)
 # make bench-scaling  tensor, pipeline and data parallelism, beside a cost model (BENCH_ARGS=--quick)
+# make study        what the SPIN paper claims, looked up with small models (STUDY_ARGS=--fast, --full, --write-docs)
 # make clean        remove the environments and what tools leave behind
 #
 # The PyTorch that pip finds under the name TORCH is installed. Without a GPU its CPU build is enough, and smaller:
@@ -21,6 +22,7 @@ TP ?= 2
 PP ?= 1
 MINUTES ?= 10
 BENCH_ARGS ?=
+STUDY_ARGS ?=
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
@@ -28,7 +30,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: quickstart test check-nemo soak fuzz bench bench-peers bench-scaling clean
+.PHONY: quickstart test check-nemo soak fuzz bench bench-peers bench-scaling study clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python examples/quickstart/run.py --devices $(DEVICES) --tp $(TP) --pp $(PP)
@@ -56,6 +58,9 @@ bench-peers: $(INSTALLED)
 
 bench-scaling: $(INSTALLED)
 	$(BIN)/python benchmarks/scaling.py $(BENCH_ARGS)
+
+study: $(INSTALLED)
+	$(BIN)/python examples/study/run.py $(STUDY_ARGS)
 
 # torch first: what comes after must not choose another build of it
 $(INSTALLED): pyproject.toml
