@@ -240,7 +240,7 @@ def _betas(study: Study, compare: Comparing, last: int) -> list[Claim]:
         "beta",
         _SECTION,
         "A larger beta keeps the policy closer to its opponent",
-        "Section 4.2: beta (lambda there) controls how far the policy moves from its opponent; Section 6.1 raises "
+        "Section 4.1: beta (lambda there) controls how far the policy moves from its opponent; Section 6.1 raises "
         "it from 0.1 to 5 for the last iteration.",
         "KL(opponent || policy) over the second half of iteration 0, as logged on the answers trained on, for "
         "neighbouring betas.",
@@ -276,9 +276,9 @@ def _losses(compare: Comparing, last: int) -> Claim:
         "losses",
         _SECTION,
         "The logistic loss is the best choice",
-        "Section 4.2: the logistic loss is chosen for its non-negativity, smoothness and fast decay; a linear one "
+        "Section 4.1: the logistic loss is chosen for its non-negativity, smoothness and fast decay; a linear one "
         "(the correlation loss) has no bound, and lets the policy grow without limit.",
-        "Right answers after the last iteration: logistic against the other losses of Table 1, at the same beta.",
+        "Right answers after the last iteration: logistic against the other losses that Section 5 names, at one beta.",
         tuple(
             compare(
                 f"right answers after iteration {last}: logistic against {loss}", ("SPIN", last), (f"loss {loss}", last)
