@@ -1,8 +1,12 @@
-"""Collation: the response mask covers the stop token, and neither prompt nor padding."""
+"""Collation: the response mask covers the stop token, and neither prompt nor padding. Which responses make pairs."""
 
 from __future__ import annotations
 
-from nemo_spin.pairs import collate
+import math
+
+import pytest
+
+from nemo_spin.pairs import Selection, collate
 from nemo_spin.progress import Progress
 
 
@@ -46,3 +50,25 @@ def test_skipped_steps_are_counted_in_a_row_and_survive_too() -> None:
     assert (restored.skipped_steps, restored.skipped_in_a_row, restored.consumed_samples) == (4, 2, 40)
     older = {"iteration": 1, "iteration_step": 2, "step": 8, "consumed_samples": 64}
     assert Progress.from_state_dict(older) == Progress(1, 2, 8, 64)
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (Selection(), [0, 1, 2]),
+        (Selection("best"), [1]),
+        (Selection("worst"), [0]),
+        (Selection("best", per_token=True), [0]),
+        (Selection("worst", per_token=True), [1]),
+    ],
+)
+def test_which_responses_become_rejected(selection: Selection, expected: list[int]) -> None:
+    assert selection([-9.0, -5.0, -6.0], [10, 2, 3]) == expected
+
+
+@pytest.mark.parametrize("rejected", ["best", "worst"])
+def test_a_response_without_a_finite_log_probability_is_the_last_choice(rejected: str) -> None:
+    select = Selection(rejected)
+    for broken in (math.nan, math.inf, -math.inf):
+        assert select([broken, -3.0], [4, 4]) == [1]
+        assert select([broken, broken], [4, 4]) == [0]
