@@ -67,6 +67,14 @@ def test_what_is_replayed_was_trained_on_before() -> None:
         assert len([age for age, _, _ in rows if age == 0]) == 8
 
 
+def test_each_epoch_replays_one_of_the_iteration_before() -> None:
+    """All that it was trained on comes again, also where no epoch had all of it."""
+    halves = mixture(shares=(Share(20, 0.5),), max_epochs=(2, 3, 1, 1))
+    replayed = [{index for age, index, _ in ids(halves, 1, epoch) if age == 1} for epoch in range(3)]
+    assert replayed == [set(halves.examples(0, epoch).tolist()) for epoch in (0, 1, 0)]
+    assert len(replayed[0] | replayed[1]) == 20
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_pairs_of_an_example_follow_each_other(shuffle: bool) -> None:
     several = mixture(pairs_per_example=3, shuffle=shuffle)
