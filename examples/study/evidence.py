@@ -55,19 +55,19 @@ def _quantile(degrees: int) -> float:
 
 @dataclass(frozen=True)
 class Study:
-    """variants: by name. results: of each variant, by seed; those that failed have an error. seconds: what this call of
-    the study took. known: the tasks. gsm8k: whether real text was there.
+    """variants: by name. results: of each variant, by seed; those that failed have an error. wall: seconds
+    that the study took. known: the tasks. gsm8k: whether real text was there.
     """
 
     variants: dict[str, Variant]
     results: dict[str, dict[int, Result]]
     scale: Scale
     known: dict[str, Task]
-    seconds: dict[str, float]
+    wall: float
 
     @classmethod
     def read(
-        cls, variants: Sequence[Variant], output: Path, scale: Scale, known: dict[str, Task], seconds: dict[str, float]
+        cls, variants: Sequence[Variant], output: Path, scale: Scale, known: dict[str, Task], wall: float
     ) -> Study:
         from experiments import key_of
 
@@ -77,7 +77,7 @@ class Study:
             variant.name: {job.seed: stored.get(key_of(job, scale, known)) or nothing for job in variant.jobs()}
             for variant in variants
         }
-        return cls({variant.name: variant for variant in variants}, found, scale, known, seconds)
+        return cls({variant.name: variant for variant in variants}, found, scale, known, wall)
 
     @property
     def has_gsm8k(self) -> bool:

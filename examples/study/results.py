@@ -49,6 +49,13 @@ class Results:
         rows = tuple(Row(row["iteration"], row["step"], _numbers(row["figures"])) for row in stored["rows"])
         return Result(rows, stored["seconds"], stored["error"])
 
+    def wall(self, more: float) -> float:
+        """Seconds that the study took, over all its starts. more: of this one."""
+        path = self.directory / "wall-clock"
+        total = more + (float(path.read_text(encoding="utf-8")) if path.exists() else 0.0)
+        path.write_text(f"{total:.1f}\n", encoding="utf-8")
+        return total
+
     def put(self, key: str, settings: dict[str, Any], result: Result) -> None:
         path = self.directory / f"{key}.json"
         rows = [

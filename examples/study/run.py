@@ -99,15 +99,16 @@ def main() -> None:
     if args.only:
         variants = [variant for variant in variants if variant.name.startswith(args.only)]
     scheduler = Scheduler(variants, output, scale, known, gsm8k, args.workers, args.threads)
+    print(f"Runs to make: {scheduler.in_all}.", flush=True)
     scheduler.run(started)
-    wall = time.monotonic() - started
     if args.only:
         return
+    wall = scheduler.results.wall(time.monotonic() - started)
     import document
     import page
     from evidence import Study
 
-    study = Study.read(variants, output, scale, known, scheduler.seconds_here(wall))
+    study = Study.read(variants, output, scale, known, wall)
     print("\n" + document.summary(study))
     report = output / "study.html"
     page.write(study, report)

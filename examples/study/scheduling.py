@@ -82,10 +82,6 @@ class Scheduler:
                 worker.process.kill()
                 worker.process.join()
 
-    def seconds_here(self, wall: float) -> dict[str, float]:
-        """Wall-clock seconds of this call of the study."""
-        return {"wall": wall, "runs": float(self.in_all)}
-
     def _start(self) -> _Worker:
         here, there = self._context.Pipe()
         process = self._context.Process(target=work, args=(there, *self.arguments), daemon=True)

@@ -70,8 +70,8 @@ def introduction(study: Study) -> list[str]:
     )
     number = sum(len(results) for results in study.results.values())
     paragraphs.append(
-        f"Time: {study.seconds['wall'] / 60:.1f} minutes for {study.seconds['runs']:.0f} runs that were not there "
-        f"yet; all {number} runs together took {spent.get('all', 0.0) / 60:.1f} minutes of one process: {parts}. "
+        f"Time: {study.wall / 60:.1f} minutes. All {number} runs together took {spent.get('all', 0.0) / 60:.1f} "
+        f"minutes of one process: {parts}. "
         f"Runs that failed: {len(study.failures)}."
     )
     return paragraphs
