@@ -92,7 +92,8 @@ def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     assert "Resumed from" in second.stderr
     assert "rewards/margins" in (run_dir / "report.html").read_text(encoding="utf-8")
-    assert json.loads((run_dir / "checkpoints" / "iteration-002-step-0000006" / "state.json").read_text())
+    # The second iteration, which the first run did not know of, trains on the pairs of the first one as well.
+    assert json.loads((run_dir / "checkpoints" / "iteration-002-step-0000009" / "state.json").read_text())
 
     data, output = tmp_path / "data.jsonl", tmp_path / "scores.jsonl"
     rows = [{"input": "4 plus 5", "output": "makes 9"}, {"prompt_ids": [5, 6], "response_ids": [7, 8, 2]}] * 2
