@@ -69,15 +69,18 @@ class IterationPairs:
         self._earlier_unwritten: OSError | None = None
         self._iteration: int | None = None
         self._checkpointed: Mapping[str, Sequence[Path]] = {}
+        self._data = dataset.digest
 
-    def resume(self, files: Mapping[str, Sequence[Path]]) -> None:
-        """files: those of the checkpoint that the run goes on from, by kind, as `files` says them."""
-        self._checkpointed = files
+    def resume(self, files: Mapping[str, Sequence[Path]], data: str) -> None:
+        """files: those of the checkpoint that the run goes on from, by kind, as `files` says them. data: the digest of
+        the training examples that it was written with."""
+        self._checkpointed, self._data = files, data
 
     def begin(self, iteration: int, ref_id: str) -> None:
         """Turn to an iteration; `ref_id` names the weights of its reference.
 
-        Raises CheckpointError if the checkpoint that the run goes on from lacks what is to be replayed.
+        Raises CheckpointError if the checkpoint that the run goes on from lacks what is to be replayed, or has it for
+        other examples.
         """
         checkpointed, self._checkpointed = self._checkpointed, {}
         if self._iteration == iteration - 1:
@@ -107,6 +110,12 @@ class IterationPairs:
 
     def _recalled(self, generation: int, checkpointed: Mapping[str, Sequence[Path]]) -> RolloutStore:
         """What an earlier iteration's reference has made, from the checkpoint."""
+        if self._data != self._dataset.digest:
+            raise CheckpointError(
+                f"The responses of iteration {generation}, which model.spin.replay_iterations = "
+                f"{self._cfg.spin.replay_iterations} trains on again, are to other training examples: resume with the "
+                "same model.data.train_ds.file_path, or with model.spin.replay_iterations=0."
+            )
         files = checkpointed.get(_earlier_kind(generation), ())
         store = RolloutStore.recalled(
             self._directory / f"iteration-{generation:03d}", files, self._dataset, self._model.tokenizer.decode,

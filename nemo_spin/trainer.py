@@ -258,7 +258,7 @@ class SPINTrainer:
         used, state = self.checkpoints.restore(checkpoint, self.model, self._identity)
         self.progress, self.ref_id = state.progress, state.ref_id
         self.equilibrium.iteration_is_over(state.metrics)
-        self.pairs.resume(state.rollout_files)
+        self.pairs.resume(state.rollout_files, str(state.identity.get("training examples of digest")))
         self.validation.rollouts.resume(state.rollout_files["held_out"])
         return used
 

@@ -12,7 +12,7 @@ _SPIN, _CONTROLS = "gsm8k: SPIN", ("gsm8k: further SFT", "gsm8k: further SFT, lo
 _WEAK = (
     "A model of this size says little that is right: one in a hundred final answers, and a classifier tells nine in "
     "ten of its responses from human ones. It plays on the problems that it has learned by SFT, where a gain is not to "
-    "be expected (docs/hyperparameters.md), nor is there one of further SFT."
+    "be expected (docs/hyperparameters.md). Further SFT brings none in these figures either, though its NLL falls more."
 )
 
 

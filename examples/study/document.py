@@ -11,7 +11,8 @@ from evidence import Study
 _HEAD = """# A study of SPIN
 
 Written by `make study` (`examples/study/`) from the figures of its runs; nothing here is written by hand but the
-reasons. It takes half an hour on two cores; `make study STUDY_ARGS=--full` is for a GPU (not tried) or a night.
+reasons, which come from the runs for tuning or were given after these results had been seen, and which no run of their
+own has tested. It takes half an hour on two cores; `make study STUDY_ARGS=--full` is for a GPU (not tried) or a night.
 """
 
 

@@ -113,6 +113,19 @@ def test_what_is_to_be_replayed_has_to_be_in_the_checkpoint(
     assert says.startswith("The checkpoint lacks 24 responses of iteration 0") and says.endswith("or with 0.")
 
 
+def test_what_is_to_be_replayed_has_to_be_of_the_same_examples(
+    workers: Any, inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    """Responses are known by the index of their example: among other data it is the index of another one."""
+    checkpoint, data = inputs
+    options = MIXED | {"trainer.spin.save_interval": 0}
+    workers.run(training_run, checkpoint, data, str(tmp_path / "run"), interrupt_after=4, **options)
+    other = tmp_path / "reversed.jsonl"
+    other.write_text("".join(reversed(Path(data).read_text().splitlines(keepends=True))))
+    says = workers.run(resume_with, checkpoint, str(other), str(tmp_path / "run"), **options)[0]
+    assert "are to other training examples: resume with the same" in says and "\n" not in says
+
+
 def test_several_responses_to_a_prompt_make_a_pair_each(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:
     options = {"trainer.spin.max_epochs": 1, "model.global_batch_size": 12} | SEVERAL | TENSOR
     run = workers.run(noted_run, *inputs, str(tmp_path), **options)[0]
