@@ -24,7 +24,7 @@ import nemo_spin.quiet  # noqa: F401, I001
 import workload
 
 from nemo_spin.checkpoint.run_state import RunState
-from nemo_spin.checkpoint.training import TrainingCheckpoints
+from nemo_spin.checkpoint.manager import TrainingCheckpoints
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.megatron import setup
 from nemo_spin.progress import Progress

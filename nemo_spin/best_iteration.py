@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_spin.checkpoint.manager import faults_in
 from nemo_spin.checkpoint.run_state import Stored, stored_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
-from nemo_spin.checkpoint.training import faults_in
 from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.errors import UserError

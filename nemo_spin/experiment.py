@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.checkpoint.training import TrainingCheckpoints
+from nemo_spin.checkpoint.manager import TrainingCheckpoints
 from nemo_spin.config import LOGGERS
 from nemo_spin.errors import ConfigError
 from nemo_spin.metrics_log import FILE_NAME, MetricsLog

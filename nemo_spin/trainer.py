@@ -27,8 +27,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_spin.checkpoint.manager import TrainingCheckpoints
 from nemo_spin.checkpoint.run_state import RunState
-from nemo_spin.checkpoint.training import TrainingCheckpoints
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import index_batches

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from nemo_spin.checkpoint.manager import TrainingCheckpoints
 from nemo_spin.checkpoint.run_state import RunState
-from nemo_spin.checkpoint.training import TrainingCheckpoints
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.progress import Progress
 

@@ -149,7 +149,7 @@ def test_saving_changes_nothing_whether_training_waits_for_it_or_not(
 
 def run_while_the_disk_is_full(checkpoint: str, data: str, run_dir: str) -> dict[str, Any]:
     """There is room from step 5 on."""
-    from nemo_spin.checkpoint.training import TrainingCheckpoints
+    from nemo_spin.checkpoint.manager import TrainingCheckpoints
 
     make_way, tried = TrainingCheckpoints._make_way, []
 

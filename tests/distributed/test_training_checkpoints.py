@@ -168,13 +168,13 @@ def test_a_newest_checkpoint_that_is_damaged_to_look_old_is_named(workers: Any, 
 @contextmanager
 def frozen_at_every_point(run: Any, to: Path) -> Any:
     """Copies what is on disk at every point at which a run may be killed, as a run finds it that starts then."""
-    from nemo_spin.checkpoint import background, publishing, training
+    from nemo_spin.checkpoint import background, manager, publishing
 
     def freeze(point: str) -> None:
         if dist.get_rank() == 0:
             shutil.copytree(run.directory, to / point.replace("/", "-") / "checkpoints")
 
-    modules = (background, publishing, training)
+    modules = (background, publishing, manager)
     for module in modules:
         module.reached, module.kept_reached = freeze, module.reached
     try:
@@ -388,10 +388,10 @@ def fail_while_saving(directory: str, lost: bool) -> tuple[set[str], bool]:
     """An error ends the run, on every rank, while a checkpoint is being written; lost: rank 1 never writes its part."""
     from small_state import Run
 
-    from nemo_spin.checkpoint import training
+    from nemo_spin.checkpoint import manager
     from nemo_spin.checkpoint.sharded import ShardWriter
 
-    write, seconds = ShardWriter.write, training._SECONDS_AFTER_ERROR
+    write, seconds = ShardWriter.write, manager._SECONDS_AFTER_ERROR
     over = threading.Event()
 
     def never(self: ShardWriter) -> Any:
@@ -401,7 +401,7 @@ def fail_while_saving(directory: str, lost: bool) -> tuple[set[str], bool]:
     run = Run(directory)
     raised = False
     try:
-        training._SECONDS_AFTER_ERROR = 1.0 if lost else seconds
+        manager._SECONDS_AFTER_ERROR = 1.0 if lost else seconds
         ShardWriter.write = never if lost and dist.get_rank() == 1 else write
         with run.checkpoints.writing():
             run.save(1, wait=False)
@@ -410,7 +410,7 @@ def fail_while_saving(directory: str, lost: bool) -> tuple[set[str], bool]:
         raised = True
     finally:
         over.set()
-        ShardWriter.write, training._SECONDS_AFTER_ERROR = write, seconds
+        ShardWriter.write, manager._SECONDS_AFTER_ERROR = write, seconds
     return run.names(), raised
 
 
