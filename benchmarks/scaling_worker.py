@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 # isort: split
-import nemo_spin.quiet  # noqa: F401
+import nemo_spin.cli.quiet  # noqa: F401
 
 # isort: split
 import machine

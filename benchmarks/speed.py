@@ -23,7 +23,7 @@ from importlib.metadata import version
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import nemo_spin.quiet  # noqa: F401, I001
+import nemo_spin.cli.quiet  # noqa: F401, I001
 
 import memory
 import torch

@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nemo_spin.quiet  # noqa: F401
-from nemo_spin.launch import guarded
+import nemo_spin.cli.quiet  # noqa: F401
+from nemo_spin.cli.launch import guarded
 
 
 def parse() -> argparse.Namespace:

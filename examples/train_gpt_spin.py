@@ -16,8 +16,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-import nemo_spin.quiet  # noqa: F401
-from nemo_spin.commands.train import run_hydra, run_training
+import nemo_spin.cli.quiet  # noqa: F401
+from nemo_spin.cli.train import run_hydra, run_training
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -17,6 +17,7 @@ from nemo_spin import experiment, run_lock
 from nemo_spin.best_iteration import settle_on_best
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.cli.launch import is_main
 from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
@@ -24,7 +25,6 @@ from nemo_spin.errors import ConfigError, UserError
 from nemo_spin.export import check_expressible, export
 from nemo_spin.faults import reached
 from nemo_spin.generation.choose import check_engine
-from nemo_spin.launch import is_main
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.agreement import of_first
 from nemo_spin.megatron.gpt import DTYPES

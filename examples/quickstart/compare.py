@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import nemo_spin.quiet  # noqa: F401
-from nemo_spin.launch import guarded
+import nemo_spin.cli.quiet  # noqa: F401
+from nemo_spin.cli.launch import guarded
 
 if TYPE_CHECKING:
     from nemo_spin import MegatronGPTSPINModel

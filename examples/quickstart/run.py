@@ -27,8 +27,8 @@ import numbers_in_words
 import report
 import sft
 
+from nemo_spin.cli.launch import guarded
 from nemo_spin.errors import UserError
-from nemo_spin.launch import guarded
 
 HERE = Path(__file__).resolve().parent
 MARK = "# made by nemo_spin's quick start, which removes this directory when it runs again\n*\n"
@@ -136,7 +136,7 @@ def main() -> None:
     heading("3/4  SPIN: it plays against itself over careful people's answers\n", started)
     shown = [f'"{override}"' if " " in override else override for override in overrides]
     print(" \\\n    ".join(["nemo-spin train --config-name gpt_spin_tiny", *shown]), end="\n\n", flush=True)
-    run("-m", "nemo_spin.cli", "train", "--config-name", "gpt_spin_tiny", *overrides)
+    run("-m", "nemo_spin", "train", "--config-name", "gpt_spin_tiny", *overrides)
 
     heading("4/4  Comparison on held-out numbers, with further SFT beside SPIN\n", started)
     run(str(HERE / "compare.py"), str(args.output), str(args.seed), str(LR))

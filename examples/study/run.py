@@ -26,8 +26,8 @@ import gsm8k_task
 from scheduling import Scheduler
 from worker import data_of
 
+from nemo_spin.cli.launch import guarded
 from nemo_spin.errors import UserError
-from nemo_spin.launch import guarded
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]

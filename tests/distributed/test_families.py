@@ -153,7 +153,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(checkpoints: dict[str, st
 
 
 def test_inspect_tells_what_each_is(checkpoints: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    from nemo_spin.cli import main
+    from nemo_spin.cli.main import main
 
     for file_format, path in checkpoints.items():
         assert main(["inspect", path, "--json"]) == 0

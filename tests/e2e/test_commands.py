@@ -101,7 +101,7 @@ def test_train_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     scored = {}
     for layout_options in (("--tp", "1"), ("--tp", "2", "--tokenizer", str(inputs / "tokenizer.model"))):
         done = run(
-            "-m", "nemo_spin.cli", "score", "--checkpoint", str(nemo), "--data", str(data), "--output", str(output),
+            "-m", "nemo_spin", "score", "--checkpoint", str(nemo), "--data", str(data), "--output", str(output),
             "--micro-batch-size", "2", *layout_options, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -166,7 +166,7 @@ def the_loggers_have_what_the_file_has(run_dir: Path) -> None:
 
 def generate(inputs: Path, prompts: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return run(
-        "-m", "nemo_spin.cli", "generate", "--checkpoint", str(inputs / "sft.nemo"), "--prompts", str(prompts),
+        "-m", "nemo_spin", "generate", "--checkpoint", str(inputs / "sft.nemo"), "--prompts", str(prompts),
         "--output", str(output), "--num-samples", "2", "--max-new-tokens", "6", *options, cwd=output.parent,
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def test_generate_go_on_and_score(inputs: Path, tmp_path: Path) -> None:
     assert whole[2]["prompt_ids"] == [5, 6]
 
     scored = run(
-        "-m", "nemo_spin.cli", "score", "--checkpoint", str(inputs / "sft.nemo"), "--data", str(output),
+        "-m", "nemo_spin", "score", "--checkpoint", str(inputs / "sft.nemo"), "--data", str(output),
         "--output", str(scores), cwd=tmp_path,
     )  # fmt: skip
     assert scored.returncode == 0, scored.stderr

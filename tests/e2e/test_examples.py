@@ -37,7 +37,7 @@ def test_sft_from_scratch_makes_a_checkpoint_that_can_be_scored_with(tmp_path: P
     nll = float(re.search(r"after epoch 0: validation NLL (\S+) nats per token", made.stdout)[1])
 
     scored = run(
-        *("-m", "nemo_spin.cli", "score", "--checkpoint", "sft.nemo"),
+        *("-m", "nemo_spin", "score", "--checkpoint", "sft.nemo"),
         *("--data", "validation.jsonl", "--output", "scores.jsonl"),
         cwd=tmp_path,
     )

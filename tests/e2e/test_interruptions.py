@@ -27,7 +27,7 @@ make_data(sys.argv[1])
 # The second rank falls asleep in its third step.
 SLEEPER = """
 import os, sys, time
-from nemo_spin.cli import main
+from nemo_spin.cli.main import main
 if __name__ == "__main__":
     if os.environ.get("RANK") == "1":
         from nemo_spin.model import MegatronGPTSPINModel
@@ -88,7 +88,7 @@ def overrides(inputs: Path, run_dir: Path) -> list[str]:
 def test_a_run_that_is_told_to_end_saves_and_ends_well(inputs: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     endless = "trainer.spin.max_epochs=5000"
-    run = start("-m", "nemo_spin.cli", *overrides(inputs, run_dir), endless, cwd=tmp_path)
+    run = start("-m", "nemo_spin", *overrides(inputs, run_dir), endless, cwd=tmp_path)
     metrics = run_dir / "metrics.jsonl"
     while not (metrics.is_file() and '"train"' in metrics.read_text()):
         assert run.poll() is None, run.communicate()
@@ -110,7 +110,7 @@ def test_torchrun_starts_a_run_again_that_has_lost_a_rank(inputs: Path, tmp_path
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     run = start(
         *torchrun,
-        *("-m", "nemo_spin.cli", *overrides(inputs, run_dir)),
+        *("-m", "nemo_spin", *overrides(inputs, run_dir)),
         "trainer.spin.max_steps=2",
         "exp_manager.resume_if_exists=false",
         cwd=tmp_path,

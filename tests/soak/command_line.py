@@ -88,7 +88,7 @@ def _start(run: KillableRun) -> tuple[subprocess.Popen, Path]:
     arguments = [f"{key}={_plain(value)}" for key, value in run.values(TP2_PP2).items()]
     environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with open(output, "w") as file:
-        command = [sys.executable, "-m", "nemo_spin.cli", "train", *arguments]
+        command = [sys.executable, "-m", "nemo_spin", "train", *arguments]
         return subprocess.Popen(
             command, cwd=run.directory, env=environment, stdout=file, stderr=file, start_new_session=True
         ), output

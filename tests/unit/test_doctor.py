@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_spin import environment
-from nemo_spin.cli import main
+from nemo_spin.cli.main import main
 from nemo_spin.environment import components, state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:In 'gpt_spin':UserWarning")  # hydra, of a file without _self_

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.cli import COMMANDS, _parser
+from nemo_spin.cli.main import COMMANDS, _parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_spin.commands.train import run_hydra, run_training
+from nemo_spin.cli.train import run_hydra, run_training
 from nemo_spin.config import config_dir, parse_config, resolved
 from nemo_spin.config.composing import composing
 from nemo_spin.config.review import notices

@@ -90,7 +90,7 @@ def test_the_story_knows_no_ranks() -> None:
     [
         "import nemo_spin",
         "import nemo_spin.losses, nemo_spin.pairs, nemo_spin.config, nemo_spin.data",
-        "import nemo_spin.cli",
+        "import nemo_spin.cli.main",
         "import nemo_spin.report",
     ],
 )

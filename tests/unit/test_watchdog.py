@@ -25,7 +25,7 @@ from datetime import timedelta
 import torch, torch.distributed as dist
 from nemo_spin import watchdog
 from nemo_spin.errors import DataError
-from nemo_spin.launch import guarded
+from nemo_spin.cli.launch import guarded
 from nemo_spin.watchdog import Watchdog, beat
 
 watchdog._SECONDS_TO_END = 0.5
@@ -119,8 +119,10 @@ def test_a_hang_is_told_once_with_the_place_of_every_rank(start: Callable) -> No
     lines = errors.splitlines()
     called = next(n for n, line in enumerate(SCRIPT.splitlines(), start=1) if "dist.all_reduce" in line)
     step = r"  ranks 0, 1 \(training step 12 of iteration 1\): waits in all_reduce at [^ ]*script.py"
-    assert any(re.match(rf"{step}:{called} \(main\), from nemo_spin/launch.py:", line) for line in lines), lines
-    napping = r"  rank 2 \(a nap\): is at [^ ]*script.py:\d+ \(wait_for_what_never_comes\), from nemo_spin/launch.py:"
+    assert any(re.match(rf"{step}:{called} \(main\), from nemo_spin/cli/launch.py:", line) for line in lines), lines
+    napping = (
+        r"  rank 2 \(a nap\): is at [^ ]*script.py:\d+ \(wait_for_what_never_comes\), from nemo_spin/cli/launch.py:"
+    )
     assert any(re.match(napping, line) for line in lines), lines
 
 

@@ -34,7 +34,7 @@ from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
 from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
-from nemo_spin.cli import main
+from nemo_spin.cli.main import main
 from nemo_spin.errors import CheckpointError, DataError, UserError
 from nemo_spin.tokenizers import build_tokenizer
 from nemo_spin.tokenizers.own_files import as_directory, read_own_files

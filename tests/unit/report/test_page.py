@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import pytest
 from fake_run import Line, lines, make, row, write_lines, write_rollouts
 
-from nemo_spin.cli import main
+from nemo_spin.cli.main import main
 from nemo_spin.errors import UserError
 from nemo_spin.report import write_report
 from nemo_spin.report.drawing import to_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_spin.commands.parallel import add_model_options, add_record_options, record_options, run_in_parallel
+from nemo_spin.cli.options import add_model_options, add_record_options, record_options, run_in_parallel
 from nemo_spin.data.options import ON_BAD_RECORD
 from nemo_spin.errors import ConfigError
 

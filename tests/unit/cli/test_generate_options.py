@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_spin.cli import main
+from nemo_spin.cli.main import main
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_spin.commands.parallel import add_model_options, add_record_options, record_options, run_in_parallel
+from nemo_spin.cli.options import add_model_options, add_record_options, record_options, run_in_parallel
 
 
 def add_parser(commands: Any) -> None:

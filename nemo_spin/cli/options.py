@@ -80,8 +80,8 @@ def run_in_parallel(
 
     preflight: the checks with which `work` begins; see `launch.run`.
     """
+    from nemo_spin.cli.launch import run
     from nemo_spin.config.schema import ParallelConfig
-    from nemo_spin.launch import run
 
     for name in ("tp", "pp", "micro_batch_size"):
         if getattr(options, name) < 1:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin import launch
+from nemo_spin.cli import launch
 from nemo_spin.config.schema import ParallelConfig
 from nemo_spin.errors import ConfigError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 SCRIPT = """
 import os, signal, sys, time
 from nemo_spin.config.schema import ParallelConfig
 from nemo_spin.errors import DataError
-from nemo_spin.launch import guarded, run
+from nemo_spin.cli.launch import guarded, run
 
 mode = sys.argv[1]
 

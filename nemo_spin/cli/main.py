@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-import nemo_spin.quiet  # noqa: F401
-from nemo_spin.commands import convert, data, doctor, generate, inspect, report, score, train
+import nemo_spin.cli.quiet  # noqa: F401
+from nemo_spin.cli import convert, data, doctor, generate, inspect, report, score, train
 
 COMMANDS = (train, data, generate, score, report, inspect, convert, doctor)
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if train.is_asked_for(argv):
         return train.run(argv[1:])
     options = _parser().parse_args(argv)
-    from nemo_spin.launch import guarded
+    from nemo_spin.cli.launch import guarded
 
     return guarded(partial(options.run, options))
 
@@ -33,7 +33,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parser(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,9 +39,9 @@ def run_hydra(hydra_main: Callable[[], None], argv: list[str]) -> int:
 
     argv: the script's name and hydra's arguments; a relative --config-path is looked up in the working directory first.
     """
+    from nemo_spin.cli.launch import guarded
     from nemo_spin.config import addable_overrides, check_overrides, register_resolvers, with_shipped_configurations
     from nemo_spin.config.composing import composing
-    from nemo_spin.launch import guarded
 
     def command() -> None:
         check_overrides(argv[1:])
@@ -61,8 +61,8 @@ def run_training(cfg: DictConfig) -> None:
 
     Leaves by SystemExit unless all is well: hydra would print a traceback for any other exception.
     """
+    from nemo_spin.cli.launch import guarded, run
     from nemo_spin.config import parse_config, with_defaults
-    from nemo_spin.launch import guarded, run
 
     def command() -> int:
         complete = with_defaults(cfg)
