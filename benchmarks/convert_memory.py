@@ -60,7 +60,7 @@ def own_memory() -> int:
 
 
 def measure(source: str, target: str, file_format: str) -> dict[str, float]:
-    from nemo_spin.convert import convert
+    from nemo_spin.commands.convert import convert
 
     peak = before = own_memory()
     done = threading.Event()

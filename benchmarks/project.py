@@ -17,8 +17,8 @@ from llama import llama
 from omegaconf import OmegaConf
 
 import nemo_spin.cli.quiet  # noqa: F401
+from nemo_spin.commands.memory_estimate import MemoryEstimate, estimate
 from nemo_spin.config import SpinConfig, config_dir, parse_config, register_resolvers
-from nemo_spin.memory import MemoryEstimate, estimate
 
 GIB = 2**30
 

@@ -26,7 +26,7 @@ from protocol import Answer, serve
 from settings import BETA, BETAS, CLIP, EPS, LEARNING_RATE, PAIRS_PER_STEP, SEED, WEIGHT_DECAY
 from workloads import WORKLOADS, Workload
 
-from nemo_spin import run
+from nemo_spin.commands import train
 from nemo_spin.config import config_dir, parse_config, register_resolvers
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
@@ -172,7 +172,7 @@ class Side:
         with tempfile.TemporaryDirectory() as scratch:
             start = time.perf_counter()
             cfg = configuration(WORKLOADS[name], Path(data), Path(scratch), batch)
-            inputs = run.preflight(cfg)
+            inputs = train.preflight(cfg)
             inputs.run_dir.mkdir(parents=True)
             model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=cfg.model)
             model.prepare_training(inputs.cfg, inputs.context_length, inputs.train_dataset.stop_ids)

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nemo_spin.convert import convert
+    from nemo_spin.commands.convert import convert
 
     notes = convert(
         options.source,

@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.max_seq_length is not None and options.max_seq_length < 2:
         raise ConfigError(f"--max-seq-length {options.max_seq_length}: use at least 2.")
-    from nemo_spin.data_view import show_data
+    from nemo_spin.commands.data import show_data
 
     return show_data(
         options.files,

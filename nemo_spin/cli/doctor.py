@@ -23,6 +23,6 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nemo_spin.doctor import diagnose
+    from nemo_spin.commands.doctor import diagnose
 
     return diagnose(options.config, options.overrides, options.json)

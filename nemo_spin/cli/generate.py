@@ -71,12 +71,12 @@ def _run(options: argparse.Namespace) -> int:
     cfg = _config(options)
 
     def check() -> object:
-        from nemo_spin.generate import preflight
+        from nemo_spin.commands.generate import preflight
 
         return preflight(cfg)
 
     def work() -> None:
-        from nemo_spin.generate import generate
+        from nemo_spin.commands.generate import generate
 
         generate(cfg)
 
@@ -114,7 +114,7 @@ def _config(options: argparse.Namespace) -> Any:
     values |= {"use_greedy": options.greedy, "end_strings": [unescape(text) for text in options.end_string]}
     sampling = parse_sampling(Options(values))
     records = record_options(options)
-    from nemo_spin.generate import GenerateConfig
+    from nemo_spin.commands.generate import GenerateConfig
 
     return GenerateConfig(
         checkpoint=options.checkpoint,

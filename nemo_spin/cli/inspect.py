@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nemo_spin.inspection import as_json, as_text, inspect_checkpoint
+    from nemo_spin.commands.inspect import as_json, as_text, inspect_checkpoint
 
     found = inspect_checkpoint(options.checkpoint)
     print(as_json(found) if options.json else as_text(found))

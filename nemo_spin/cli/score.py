@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     def work() -> None:
         from nemo_spin.checkpoint.tokenizer_description import override_from_path
-        from nemo_spin.score import score
+        from nemo_spin.commands.score import score
 
         score(
             checkpoint=options.checkpoint,

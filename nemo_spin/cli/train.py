@@ -67,7 +67,7 @@ def run_training(cfg: DictConfig) -> None:
     def command() -> int:
         complete = with_defaults(cfg)
         parallel = parse_config(complete).parallel
-        from nemo_spin.run import preflight, train
+        from nemo_spin.commands.train import preflight, train
 
         return run(parallel, partial(train, complete), partial(preflight, complete))
 

@@ -22,7 +22,7 @@ from nemo_spin import faults
 _IMPORTED_BY = os.getpid()
 # What a run does, for the notes: what is under way when a process is killed is the innermost of these.
 _PHASES = (
-    ("nemo_spin.run", "preflight", "checks"),
+    ("nemo_spin.commands.train", "preflight", "checks"),
     ("nemo_spin.model", "MegatronGPTSPINModel.__init__", "loading the model"),
     ("nemo_spin.trainer", "SPINTrainer.resume", "resuming"),
     ("nemo_spin.trainer", "SPINTrainer.fit", "between steps"),
@@ -31,8 +31,8 @@ _PHASES = (
     ("nemo_spin.trainer", "SPINTrainer.save", "saving"),
     ("nemo_spin.model", "MegatronGPTSPINModel.roll_out", "rollouts"),
     ("nemo_spin.model", "MegatronGPTSPINModel.refresh_reference", "reference refresh"),
-    ("nemo_spin.run", "export", "export"),
-    ("nemo_spin.run", "write_report", "report"),
+    ("nemo_spin.commands.train", "export", "export"),
+    ("nemo_spin.commands.train", "write_report", "report"),
 )
 
 _notes: Notes | None = None
@@ -56,7 +56,7 @@ from megatron.core import parallel_state  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from runs import make_checkpoint, make_data, shards_of  # noqa: E402
 
-import nemo_spin.run  # noqa: E402, F401
+import nemo_spin.commands.train  # noqa: E402, F401
 from nemo_spin.checkpoint.opening import open_checkpoint  # noqa: E402
 from nemo_spin.cli.train import run_training  # noqa: E402
 from nemo_spin.generation.engine import Generator  # noqa: E402

@@ -35,7 +35,7 @@ def layout(tp: int, pp: int, precision: str | int) -> dict[str, Any]:
 
 def settle(cfg: Any, model: Any, trainer: Any) -> list[str]:
     """What is said, in the end."""
-    from nemo_spin.best_iteration import settle_on_best
+    from nemo_spin.commands.best_iteration import settle_on_best
 
     said: list[str] = []
     trainer.reporter.say = said.append

@@ -22,7 +22,7 @@ FAMILIES = {"nemo": "nemo1", "nemo2": "nemo2", "megatron": "bridge", "hf": "hugg
 
 
 def convert_in_worker(source: str, target: str, file_format: str) -> list[str]:
-    from nemo_spin.convert import convert
+    from nemo_spin.commands.convert import convert
 
     return convert(source, target, file_format)
 
@@ -129,7 +129,7 @@ def test_a_model_in_a_parallel_layout_is_written_in_every_format(
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(checkpoints: dict[str, str], tmp_path: Path) -> None:
-    from nemo_spin.convert import convert
+    from nemo_spin.commands.convert import convert
     from nemo_spin.errors import CheckpointError, ConfigError
 
     (tmp_path / "there").mkdir()

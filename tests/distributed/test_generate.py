@@ -43,8 +43,8 @@ def generated(checkpoint: str, prompts: str, output: str, **changes: Any) -> lis
     import torch.distributed as dist
     from omegaconf import OmegaConf
 
+    from nemo_spin.commands.generate import GenerateConfig, preflight, respond
     from nemo_spin.config import LengthParams, SamplingParams
-    from nemo_spin.generate import GenerateConfig, preflight, respond
     from nemo_spin.megatron import setup
     from nemo_spin.model import MegatronGPTSPINModel
 

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from selfplay import SelfPlay
 from toy import toy_architecture
 
+from nemo_spin.commands.memory_estimate import check_fits, estimate
 from nemo_spin.config import SpinConfig, config_dir, parse_config
 from nemo_spin.errors import ConfigError
-from nemo_spin.memory import check_fits, estimate
 
 
 def config(tp: int = 1, pp: int = 1, dp: int = 1, **changes: Any) -> SpinConfig:

@@ -52,7 +52,7 @@ def configuration(files: str, overrides: dict[str, Any]) -> Any:
 def preflight_error(files: str, overrides: dict[str, Any]) -> str:
     """The sentence with which these overrides of a good configuration are refused; "" if they are not."""
     import nemo_spin.model as model
-    from nemo_spin.run import preflight
+    from nemo_spin.commands.train import preflight
 
     def never(*args: Any) -> None:
         raise AssertionError("weights were loaded")
@@ -128,7 +128,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(workers: Any, files: Path, tmp
 
 
 def layout(files: str, overrides: dict[str, Any]) -> str:
-    from nemo_spin.run import preflight
+    from nemo_spin.commands.train import preflight
 
     return str(preflight(configuration(files, overrides)).cfg.parallel)
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_spin import experiment, run_lock
+from nemo_spin import run_lock
+from nemo_spin.commands import experiment
 from nemo_spin.errors import ConfigError, UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nemo_spin.commands.data import _summary
 from nemo_spin.data import jsonl, store, tables
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.data.records import identity_of, read_records
-from nemo_spin.data_view import _summary
 from nemo_spin.errors import DataError
 
 LINE = b'{"input": "x", "output": "y"}\n'

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.fingerprint import fingerprint
 from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.commands.response_file import Found, check_output, find_responses, writing
 from nemo_spin.config import LengthParams, SamplingParams
 from nemo_spin.data.formats import RecordEncoder
 from nemo_spin.data.load_report import LoadReport
@@ -26,7 +27,6 @@ from nemo_spin.generation.end_strings import text_of_response
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
-from nemo_spin.response_file import Found, check_output, find_responses, writing
 from nemo_spin.rollouts import sequence_logps
 from nemo_spin.tokenizers import check_tokenizer_fits, restore_tokenizer
 

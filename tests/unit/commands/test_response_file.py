@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from nemo_spin.commands.response_file import Found, check_output, find_responses, settings_path, writing
 from nemo_spin.data.prompts import Prompt
 from nemo_spin.errors import UserError
-from nemo_spin.response_file import Found, check_output, find_responses, settings_path, writing
 
 PROMPTS = [Prompt(0, "a", array("i", [5, 6])), Prompt(1, "b", array("i", [7])), Prompt(2, 3, array("i", [8]))]
 SETTINGS = {"checkpoint": "sft.nemo", "checkpoint_fingerprint": "0", "seed": 1, "end_strings": ("x",)}

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from nemo_spin import environment
 from nemo_spin.cli.main import main
-from nemo_spin.environment import components, state_of
+from nemo_spin.commands import environment
+from nemo_spin.commands.environment import components, state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:In 'gpt_spin':UserWarning")  # hydra, of a file without _self_
-ALIGNERS = Path(__file__).resolve().parents[1] / "nemo_aligner" / "gpt_spin.yaml"
+ALIGNERS = Path(__file__).resolve().parents[2] / "nemo_aligner" / "gpt_spin.yaml"
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_spin.commands.environment import Component, components
 from nemo_spin.config import addable_overrides, config_dir, resolved, with_defaults, with_shipped_configurations
 from nemo_spin.config.composing import composing
 from nemo_spin.config.parse import parse_known
@@ -29,7 +30,6 @@ from nemo_spin.config.review import (
 )
 from nemo_spin.config.unread import at
 from nemo_spin.config.values import in_words
-from nemo_spin.environment import Component, components
 from nemo_spin.errors import EXIT_CODE, ConfigError
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nemo_spin.best_iteration import _sft_value, best_in_words, figures_of
 from nemo_spin.checkpoint.run_state import Stored
+from nemo_spin.commands.best_iteration import _sft_value, best_in_words, figures_of
 from nemo_spin.config import parse_config
 from nemo_spin.errors import ConfigError
 from nemo_spin.progress import Progress

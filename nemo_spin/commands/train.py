@@ -13,11 +13,13 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
-from nemo_spin import experiment, run_lock
-from nemo_spin.best_iteration import settle_on_best
+from nemo_spin import run_lock
 from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.cli.launch import is_main
+from nemo_spin.commands import experiment
+from nemo_spin.commands.best_iteration import settle_on_best
+from nemo_spin.commands.memory_estimate import MemoryEstimate, check_fits, estimate
 from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
@@ -28,7 +30,6 @@ from nemo_spin.generation.choose import check_engine
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.agreement import of_first
 from nemo_spin.megatron.gpt import DTYPES
-from nemo_spin.memory import MemoryEstimate, check_fits, estimate
 from nemo_spin.metrics_log import MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.report import write_report
