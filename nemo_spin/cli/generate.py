@@ -101,8 +101,8 @@ def _config(options: argparse.Namespace) -> Any:
             raise ConfigError(f"--num-samples {options.num_samples}: --greedy makes one response only; use 1.")
     from nemo_spin.checkpoint.tokenizer_description import override_from_path
     from nemo_spin.config import LengthParams, parse_sampling
+    from nemo_spin.config.prompt_template import unescape
     from nemo_spin.config.values import Section
-    from nemo_spin.data.template import unescape
 
     class Options(Section):
         def error(self, key: str, what_to_do: str) -> ConfigError:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from nemo_spin.config.prompt_template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE
 from nemo_spin.data.cache import UnusableEntryError, key_of, open_or_make
 from nemo_spin.data.conversations import ChatPromptTokens
 from nemo_spin.data.formats import RecordEncoder
@@ -21,7 +22,6 @@ from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG
 from nemo_spin.data.order import Share
 from nemo_spin.data.records import identity_of, place_of, read_records
 from nemo_spin.data.store import ExampleStore, ExampleWriter
-from nemo_spin.data.template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, DataError
 from nemo_spin.pairs import Example

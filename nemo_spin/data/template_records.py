@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from reprlib import repr as shortened
 from typing import Any
 
-from nemo_spin.data.template import check_truncation_field, fill_template, parse_template
+from nemo_spin.config.prompt_template import check_truncation_field, fill_template, parse_template
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.data.values import answer_of, text_of
 from nemo_spin.errors import ConfigError, DataError

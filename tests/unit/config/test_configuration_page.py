@@ -13,7 +13,7 @@ from nemo_spin.config.keys import KEYS
 from nemo_spin.config.translate import TRANSLATED
 from nemo_spin.config.unread import UNREAD
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 @pytest.fixture(scope="module")

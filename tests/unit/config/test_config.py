@@ -336,4 +336,4 @@ def test_overrides_are_checked_before_hydra() -> None:
 
 
 def test_the_configuration_is_found_in_the_source_tree() -> None:
-    assert config_dir() == Path(__file__).resolve().parents[2] / "conf"
+    assert config_dir() == Path(__file__).resolve().parents[3] / "conf"
