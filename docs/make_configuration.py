@@ -3,7 +3,7 @@
     python docs/make_configuration.py
 
 Keys, defaults and explanations are the YAML's; types come from the schema in nemo_spin/config/, and what is accepted
-for NeMo-Aligner's sake from nemo_spin/config/translate.py and unread.py.
+for NeMo-Aligner's sake from nemo_spin/config/aligner/translate.py and unread.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from nemo_spin.config import algorithm, config_dir, schema
+from nemo_spin.config.aligner.translate import TRANSLATED
+from nemo_spin.config.aligner.unread import UNREAD
 from nemo_spin.config.keys import KEYS
-from nemo_spin.config.translate import TRANSLATED
-from nemo_spin.config.unread import UNREAD
 
 PAGE = Path(__file__).resolve().parent / "configuration.md"
 

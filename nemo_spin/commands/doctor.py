@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.commands.environment import Component, components
 from nemo_spin.config import addable_overrides, config_dir, resolved, with_defaults, with_shipped_configurations
+from nemo_spin.config.aligner.unread import at
 from nemo_spin.config.composing import composing
 from nemo_spin.config.parse import parse_known
 from nemo_spin.config.review import (
@@ -28,7 +29,6 @@ from nemo_spin.config.review import (
     sizes_not_given,
     verdicts,
 )
-from nemo_spin.config.unread import at
 from nemo_spin.config.values import in_words
 from nemo_spin.errors import EXIT_CODE, ConfigError
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from nemo_spin.config.translate import TRANSLATED
-from nemo_spin.config.unread import UNREAD
+from nemo_spin.config.aligner.translate import TRANSLATED
+from nemo_spin.config.aligner.unread import UNREAD
 from nemo_spin.config.values import in_words, shown
 from nemo_spin.errors import ConfigError
 

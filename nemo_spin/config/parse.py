@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_spin.config.aligner.translate import translate
 from nemo_spin.config.keys import check_keys
 from nemo_spin.config.parse_algorithm import parse_algorithm
 from nemo_spin.config.parse_data import parse_dataset, parse_tokenizer, parse_validation
@@ -27,7 +28,6 @@ from nemo_spin.config.schema import (
     RecomputeConfig,
     SpinConfig,
 )
-from nemo_spin.config.translate import translate
 from nemo_spin.config.values import Section, is_number, shown
 from nemo_spin.errors import ConfigError, one_line
 

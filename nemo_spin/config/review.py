@@ -7,9 +7,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_spin.config.aligner.translate import TRANSLATED, put, translate, translations, without_effect
+from nemo_spin.config.aligner.unread import UNREAD, at
 from nemo_spin.config.keys import KEYS, problems
-from nemo_spin.config.translate import TRANSLATED, put, translate, translations, without_effect
-from nemo_spin.config.unread import UNREAD, at
 from nemo_spin.config.values import MISSING, in_words
 from nemo_spin.errors import ConfigError, MissingKeyError
 

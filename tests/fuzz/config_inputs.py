@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from nemo_spin.config import config_dir
+from nemo_spin.config.aligner.translate import TRANSLATED
+from nemo_spin.config.aligner.unread import UNREAD
 from nemo_spin.config.keys import KEYS
-from nemo_spin.config.translate import TRANSLATED
-from nemo_spin.config.unread import UNREAD
 
 GIVEN = {
     "pretrained_checkpoint.restore_from_path": "sft.nemo",

@@ -23,12 +23,12 @@ from nemo_spin.config import (
     resolved,
     with_shipped_configurations,
 )
+from nemo_spin.config.aligner.translate import translate
 from nemo_spin.config.composing import composing
 from nemo_spin.config.keys import check_keys
 from nemo_spin.config.parse import parse_known
 from nemo_spin.config.plain import check_plain
 from nemo_spin.config.review import VERDICTS, refusals, verdicts
-from nemo_spin.config.translate import translate
 from nemo_spin.errors import ConfigError
 
 

@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 
 from nemo_spin.config import config_dir
+from nemo_spin.config.aligner.translate import TRANSLATED
+from nemo_spin.config.aligner.unread import UNREAD
 from nemo_spin.config.keys import KEYS
-from nemo_spin.config.translate import TRANSLATED
-from nemo_spin.config.unread import UNREAD
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
 

@@ -26,7 +26,7 @@ from nemo_spin.config.values import in_words
 from nemo_spin.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:In 'gpt_spin':UserWarning")  # hydra, of a file without _self_
-ALIGNERS = Path(__file__).resolve().parents[1] / "nemo_aligner" / "gpt_spin.yaml"
+ALIGNERS = Path(__file__).resolve().parents[2] / "nemo_aligner" / "gpt_spin.yaml"
 LAUNCH = [
     "trainer.num_nodes=1",
     "trainer.devices=8",

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_spin.config.unread import at
+from nemo_spin.config.aligner.unread import at
 
 # keys that are known for their translation only -> the key that takes their value
 TRANSLATED = {
