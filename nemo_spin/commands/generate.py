@@ -20,7 +20,7 @@ from nemo_spin.checkpoint.fingerprint import fingerprint
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.commands.response_file import Found, check_output, find_responses, writing
 from nemo_spin.config import LengthParams, SamplingParams
-from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.prompts import Prompt, read_prompts
 from nemo_spin.generation.end_strings import text_of_response

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.cli.launch import is_main
-from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError, UserError
 from nemo_spin.megatron import setup

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nemo_spin.config.prompt_template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE
 from nemo_spin.data.cache import UnusableEntryError, key_of, open_or_make
 from nemo_spin.data.conversations import ChatPromptTokens
-from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG
 from nemo_spin.data.order import Share

@@ -9,7 +9,7 @@ from os import PathLike
 from reprlib import repr as shortened
 from typing import Any
 
-from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.records import place_of, read_records
 from nemo_spin.data.values import kind_of, text_of

@@ -15,7 +15,7 @@ from fuzzing import Fuzz, check_sentence
 from hypothesis import strategies as st
 
 from nemo_spin.data.dataset import SFTDataset, load_dataset
-from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.prompts import read_prompts
 from nemo_spin.errors import UserError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.tokenizer import encode_in_two
 from nemo_spin.errors import DataError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.prompts import read_prompts
 from nemo_spin.errors import DataError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemo_spin.data.conversations import ChatPromptTokens
-from nemo_spin.data.formats import RecordEncoder
+from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.errors import ConfigError, DataError
 
 WHERE = "file.jsonl:7"
