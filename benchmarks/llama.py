@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from cost_model import Shape
 
-from nemo_spin.checkpoint.architecture import Architecture, transformer_fields
+from nemo_spin.megatron.architecture import Architecture, transformer_fields
 
 
 def llama(shape: Shape, max_sequence_length: int) -> Architecture:

@@ -26,7 +26,7 @@ from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import DTYPES, build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.pairs import Pair
+from nemo_spin.megatron.sequences import Pair
 
 # name -> layers, hidden, heads, query groups, ffn. "nothing" is for what a layer costs before it computes anything.
 SIZES = {

@@ -32,7 +32,7 @@ from transformers import LlamaForCausalLM
 
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.pairs import Example, Pair
+from nemo_spin.megatron.sequences import Example, Pair
 
 MIB = 2**20
 WIDTH = 64

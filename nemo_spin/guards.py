@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nemo_spin.config import GuardsConfig
-from nemo_spin.pairs import Pair
+from nemo_spin.megatron.sequences import Pair
 
 TREND_STEPS = 50
 """Steps over which a trend is looked for: batches differ too much for fewer."""

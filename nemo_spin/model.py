@@ -18,7 +18,6 @@ from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.archive import SPINSaveRestoreConnector, by_own_connector, check_before_nemo, check_before_restoring
-from nemo_spin.checkpoint.architecture import Architecture, check_layout
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1
@@ -32,11 +31,12 @@ from nemo_spin.generation.end_strings import ends_with_any
 from nemo_spin.generation.interface import Engine
 from nemo_spin.guards import trainable
 from nemo_spin.megatron import setup, steps
+from nemo_spin.megatron.architecture import Architecture, check_layout
 from nemo_spin.megatron.diagnosis import Diagnosis, diagnose
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
+from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.megatron.steps import Batching
-from nemo_spin.pairs import Example, Pair
 from nemo_spin.reference import Reference
 from nemo_spin.rollouts import Answer, Rollout, roll_out, score
 from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer

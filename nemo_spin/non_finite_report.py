@@ -16,7 +16,7 @@ from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError
 from nemo_spin.megatron.agreement import of_first
 from nemo_spin.megatron.diagnosis import Diagnosis
-from nemo_spin.pairs import Example, Pair
+from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.progress import Progress
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_spin.megatron.agreement import from_first, of_first
-from nemo_spin.pairs import Example, Pair, Selection
+from nemo_spin.megatron.sequences import Example, Pair, Selection
 from nemo_spin.rollout_files.directory import Found, RolloutDirectory
 from nemo_spin.rollout_files.journal import Journal
 from nemo_spin.rollout_files.part import Origin, origin_of

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nemo_spin.generation.interface import Engine, GenerationRequest, Response
 from nemo_spin.megatron.agreement import gathered
+from nemo_spin.megatron.sequences import Example, ResponseGroup
 from nemo_spin.megatron.steps import Batching, group_logps, response_logps
-from nemo_spin.pairs import Example, ResponseGroup
 
 T = TypeVar("T")
 

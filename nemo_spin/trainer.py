@@ -37,8 +37,8 @@ from nemo_spin.faults import reached
 from nemo_spin.identity import identity_of_run
 from nemo_spin.iteration_pairs import IterationPairs, PairId
 from nemo_spin.losses import check_policy_equals_reference
+from nemo_spin.megatron.sequences import Pair
 from nemo_spin.mixture import Mixture
-from nemo_spin.pairs import Pair
 from nemo_spin.plan import Plan
 from nemo_spin.progress import Progress
 from nemo_spin.reference import name_of_checkpoint

@@ -15,7 +15,7 @@ from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import index_batches
 from nemo_spin.faults import reached
 from nemo_spin.iteration_rollouts import IterationRollouts
-from nemo_spin.pairs import Example
+from nemo_spin.megatron.sequences import Example
 from nemo_spin.reporting import Reporter
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from nemo_spin.export import Content, LiveWeights, export
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.pairs import Example
+from nemo_spin.megatron.sequences import Example
 from nemo_spin.tokenizers import build_tokenizer
 
 STEPS, BATCH, LEARNING_RATE = 160, 16, 2e-3

@@ -12,7 +12,7 @@ from tasks import Task
 if TYPE_CHECKING:
     from nemo_spin import MegatronGPTSPINModel
     from nemo_spin.generation.interface import Response
-    from nemo_spin.pairs import Example
+    from nemo_spin.megatron.sequences import Example
 
 
 class Meter:

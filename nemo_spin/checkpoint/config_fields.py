@@ -12,17 +12,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_spin.checkpoint.architecture import (
+from nemo_spin.checkpoint.field_types import check_field_types
+from nemo_spin.checkpoint.supported import refuse_other_rope_scaling, refuse_unsupported
+from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
+from nemo_spin.errors import CheckpointError
+from nemo_spin.megatron.architecture import (
     Architecture,
     gelu_tanh,
     quick_gelu,
     squared_relu,
     transformer_fields,
 )
-from nemo_spin.checkpoint.field_types import check_field_types
-from nemo_spin.checkpoint.supported import refuse_other_rope_scaling, refuse_unsupported
-from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
-from nemo_spin.errors import CheckpointError
 
 # Last part of the name -> function; the name must be one of torch's, NeMo's or megatron's.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

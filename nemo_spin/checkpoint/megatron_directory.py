@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.checkpoint.megatron_args import to_args
 from nemo_spin.checkpoint.megatron_bridge import to_run_config
 from nemo_spin.checkpoint.megatron_tokenizer import to_megatron
 from nemo_spin.errors import CheckpointError
+from nemo_spin.megatron.architecture import Architecture
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG = "run_config.yaml"

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.architecture import (
+from nemo_spin.checkpoint.field_types import check_field_types
+from nemo_spin.checkpoint.supported import is_transformer_field, refuse_other_rope_scaling, refuse_unsupported
+from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
+from nemo_spin.errors import CheckpointError
+from nemo_spin.megatron.architecture import (
     Architecture,
     gelu_tanh,
     quick_gelu,
     squared_relu,
     transformer_fields,
 )
-from nemo_spin.checkpoint.field_types import check_field_types
-from nemo_spin.checkpoint.supported import is_transformer_field, refuse_other_rope_scaling, refuse_unsupported
-from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
-from nemo_spin.errors import CheckpointError
 
 KEY_PREFIX = "model."
 

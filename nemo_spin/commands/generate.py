@@ -15,7 +15,6 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.fingerprint import fingerprint
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.commands.response_file import Found, check_output, find_responses, writing
@@ -26,6 +25,7 @@ from nemo_spin.data.prompts import Prompt, read_prompts
 from nemo_spin.generation.end_strings import text_of_response
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
+from nemo_spin.megatron.architecture import check_layout
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.rollouts import sequence_logps
 from nemo_spin.tokenizers import check_tokenizer_fits, restore_tokenizer

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from nemo_spin.checkpoint.architecture import Architecture, layer_tensors, outer_tensors, parameter_count
 from nemo_spin.errors import ConfigError
 from nemo_spin.generation.schedule import groups_wanted
+from nemo_spin.megatron.architecture import Architecture, layer_tensors, outer_tensors, parameter_count
 from nemo_spin.megatron.gpt import padded_vocab_rows
 from nemo_spin.megatron.logprobs import LOGITS_AT_A_TIME
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
 from nemo_spin import run_lock
-from nemo_spin.checkpoint.architecture import check_layout
 from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.cli.launch import is_main
 from nemo_spin.commands import experiment
@@ -29,6 +28,7 @@ from nemo_spin.faults import reached
 from nemo_spin.generation.choose import check_engine
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.agreement import of_first
+from nemo_spin.megatron.architecture import check_layout
 from nemo_spin.megatron.gpt import DTYPES
 from nemo_spin.metrics_log import MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel

@@ -24,7 +24,7 @@ from nemo_spin.data.records import identity_of, place_of, read_records
 from nemo_spin.data.store import ExampleStore, ExampleWriter
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, DataError
-from nemo_spin.pairs import Example
+from nemo_spin.megatron.sequences import Example
 
 # Part of every cache entry's name: to be raised when the same record may become other tokens than before.
 _VERSION = 1

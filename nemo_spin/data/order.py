@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nemo_spin.errors import ConfigError
-from nemo_spin.pairs import Example
+from nemo_spin.megatron.sequences import Example
 
 
 class Examples(Protocol):

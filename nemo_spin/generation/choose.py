@@ -9,7 +9,7 @@ from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import Engine
 
 if TYPE_CHECKING:
-    from nemo_spin.checkpoint.architecture import Architecture
+    from nemo_spin.megatron.architecture import Architecture
 
 OWN, MEGATRON = "nemo_spin", "megatron"
 

@@ -10,8 +10,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from nemo_spin.megatron.finite import gradients_not_finite, weights_not_finite
+from nemo_spin.megatron.sequences import Pair, ResponseGroup
 from nemo_spin.megatron.steps import Batching, group_logps
-from nemo_spin.pairs import Pair, ResponseGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_spin.megatron import gpt
-from nemo_spin.packing import ModelInput
+from nemo_spin.megatron.packing import ModelInput
 from nemo_spin.watchdog import beat
 
 T = TypeVar("T")

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from nemo_spin.megatron.layers import CausalAttention, Norm, PackedRows
 from nemo_spin.megatron.logprobs import target_logps
+from nemo_spin.megatron.packing import ModelInput, Targets
 from nemo_spin.megatron.rotary import RotaryAngles
 from nemo_spin.megatron.setup import device
-from nemo_spin.packing import ModelInput, Targets
 
 if TYPE_CHECKING:
-    from nemo_spin.checkpoint.architecture import Architecture
     from nemo_spin.config import RecomputeConfig
+    from nemo_spin.megatron.architecture import Architecture
 
 Precision = Literal["32", "bf16"]
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from nemo_spin.packing import Targets, gather_rows
+from nemo_spin.megatron.packing import Targets, gather_rows
 
 # 256 MiB in fp32, and still 512 positions of a vocabulary of 128 thousand: enough to keep matrix units busy.
 LOGITS_AT_A_TIME = 2**26

@@ -14,7 +14,7 @@ from nemo_spin.losses import PAPER
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.pairs import Example, Pair
+from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.reference import Reference
 from nemo_spin.rollouts import Rollout, roll_out
 

@@ -13,12 +13,12 @@ from harness import Workers
 from megatron.core import parallel_state
 from toy import fill_deterministically, gpt2_architecture, to_transformers, toy_architecture
 
-from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.config import SamplingParams
 from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import round_up
 from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import GenerationRequest, Response
+from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
 
 LLAMA, GPT2 = toy_architecture(), gpt2_architecture()

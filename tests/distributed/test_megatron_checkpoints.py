@@ -22,7 +22,6 @@ from test_checkpoints import VARIANTS, last, logits
 from torch import Tensor
 from toy import fill_deterministically, toy_architecture
 
-from nemo_spin.checkpoint.architecture import Architecture
 from nemo_spin.checkpoint.megatron_args import architecture_from_args, to_args
 from nemo_spin.checkpoint.megatron_bridge import architecture_from_run_config, to_run_config
 from nemo_spin.checkpoint.megatron_directory import (
@@ -36,6 +35,7 @@ from nemo_spin.checkpoint.metadata_pickle import read_metadata
 from nemo_spin.checkpoint.torch_dist import write_torch_dist
 from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.checkpoint.weights import load_weights, save_weights
+from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
 
 ARCHITECTURES = {"llama": toy_architecture(), **VARIANTS}

@@ -245,8 +245,8 @@ def test_a_rollout_depends_on_its_sample_only(workers: Any) -> None:
 def gradients_of_the_parts() -> dict[str, float]:
     """|gradient| of the log-probability with respect to the logits, at prompt, response, stop token and padding."""
     from nemo_spin.megatron.logprobs import target_logps
-    from nemo_spin.packing import padded
-    from nemo_spin.pairs import ResponseGroup
+    from nemo_spin.megatron.packing import padded
+    from nemo_spin.megatron.sequences import ResponseGroup
 
     batch = padded([ResponseGroup((1, 2, 3), ((5, 6, 7),)), ResponseGroup((4,), ((8, 7),))], pad_id=7)
     # With the identity for an output layer, hidden states are logits.
@@ -276,8 +276,8 @@ def padded_vocabulary() -> torch.Tensor:
     from megatron.core import parallel_state
 
     from nemo_spin.megatron.logprobs import target_logps
-    from nemo_spin.packing import padded
-    from nemo_spin.pairs import ResponseGroup
+    from nemo_spin.megatron.packing import padded
+    from nemo_spin.megatron.sequences import ResponseGroup
 
     batch = padded([ResponseGroup((1, 2), ((3, 4),))], pad_id=0)
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from nemo_spin.checkpoint.architecture import Architecture, transformer_fields
+from nemo_spin.megatron.architecture import Architecture, transformer_fields
 
 
 def toy_architecture(**overrides: Any) -> Architecture:

@@ -9,7 +9,7 @@ import pytest
 
 from nemo_spin.config import EquilibriumConfig
 from nemo_spin.equilibrium import equilibrium_metrics, in_words, is_reached, logps_gap, reason, token_overlap
-from nemo_spin.pairs import Example, Pair
+from nemo_spin.megatron.sequences import Example, Pair
 
 STOP = frozenset({9})
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from nemo_spin.pairs import Selection, collate
+from nemo_spin.megatron.sequences import Selection, collate
 from nemo_spin.progress import Progress
 
 

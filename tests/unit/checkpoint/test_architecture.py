@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_spin.checkpoint.architecture import Architecture, check_layout, parameter_count, transformer_fields
 from nemo_spin.errors import CheckpointError, ConfigError
+from nemo_spin.megatron.architecture import Architecture, check_layout, parameter_count, transformer_fields
 
 FIELDS = {
     "num_layers": 6,

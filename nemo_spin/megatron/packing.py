@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_spin.pairs import ResponseGroup, collate
+from nemo_spin.megatron.sequences import ResponseGroup, collate
 
 # Rows of attention are padded to one length as long as no more than this share of it is padding.
 _MOST_PADDING = 0.2

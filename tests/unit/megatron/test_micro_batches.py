@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_spin.micro_batches import Size, by_example, cut, merged, share_out
-from nemo_spin.pairs import ResponseGroup
+from nemo_spin.megatron.micro_batches import Size, by_example, cut, merged, share_out
+from nemo_spin.megatron.sequences import ResponseGroup
 
 LENGTHS = st.tuples(st.integers(1, 50), st.integers(1, 200), st.integers(1, 200))
 GROUPS = st.lists(LENGTHS, min_size=1, max_size=40).map(

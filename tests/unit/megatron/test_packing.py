@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nemo_spin.packing import gather_rows, packed, padded, response_order
-from nemo_spin.pairs import ResponseGroup
+from nemo_spin.megatron.packing import gather_rows, packed, padded, response_order
+from nemo_spin.megatron.sequences import ResponseGroup
 
 GROUPS = [ResponseGroup((1, 2), ((11, 12, 13), (21,))), ResponseGroup((3,), ((31, 32), (41, 42, 43, 44)))]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from nemo_spin.pairs import ResponseGroup
+from nemo_spin.megatron.sequences import ResponseGroup
 
 
 @dataclass(frozen=True, slots=True)
