@@ -24,9 +24,9 @@ from cost_model import Shape
 from llama import llama
 from torch import Tensor
 
-from nemo_spin.checkpoint.contradictions import expected_tensors
 from nemo_spin.checkpoint.weight_store import Region, StoredTensor
 from nemo_spin.megatron.architecture import Architecture
+from nemo_spin.model_io.contradictions import expected_tensors
 
 ROUND = (("nemo2", "hf"), ("hf", "megatron"), ("megatron", "nemo"), ("nemo", "nemo2"))
 
@@ -81,7 +81,7 @@ def measure(source: str, target: str, file_format: str) -> dict[str, float]:
 
 
 def main() -> None:
-    from nemo_spin.export import Content, StoredWeights, export
+    from nemo_spin.model_io.export import Content, StoredWeights, export
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)

@@ -17,15 +17,11 @@ from nemo.core.classes import common as nemo_common
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.archive import SPINSaveRestoreConnector, by_own_connector, check_before_nemo, check_before_restoring
 from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
-from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1
 from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
-from nemo_spin.checkpoint.weights import load_weights
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
 from nemo_spin.errors import UserError
-from nemo_spin.export import Content, LiveWeights
 from nemo_spin.generation.choose import make_engine
 from nemo_spin.generation.end_strings import ends_with_any
 from nemo_spin.generation.interface import Engine
@@ -37,6 +33,15 @@ from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.megatron.steps import Batching
+from nemo_spin.model_io.export import Content, LiveWeights
+from nemo_spin.model_io.nemo_connector import (
+    SPINSaveRestoreConnector,
+    by_own_connector,
+    check_before_nemo,
+    check_before_restoring,
+)
+from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.model_io.weights import load_weights
 from nemo_spin.reference import Reference
 from nemo_spin.rollouts import Answer, Rollout, roll_out, score
 from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_spin.checkpoint.tokenizer_description import from_path
 from nemo_spin.config import OptimConfig, SchedConfig
-from nemo_spin.export import Content, LiveWeights, export
+from nemo_spin.model_io.export import Content, LiveWeights, export
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer

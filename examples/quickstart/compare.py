@@ -115,7 +115,7 @@ def measure_all(directory: Path, seed: int, spin_lr: float) -> list[Figures]:
 
     from nemo_spin import MegatronGPTSPINModel
     from nemo_spin.checkpoint.torch_dist import TorchDistStore
-    from nemo_spin.checkpoint.weights import load_weights
+    from nemo_spin.model_io.weights import load_weights
 
     model = MegatronGPTSPINModel.restore_from(str(directory / "sft.nemo"))
     judge = Judge(load(model, directory / "held_out.jsonl"), seed)

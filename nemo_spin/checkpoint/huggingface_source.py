@@ -12,7 +12,7 @@ from nemo_spin.checkpoint.huggingface import (
     read_huggingface_config,
 )
 from nemo_spin.checkpoint.huggingface_weights import HuggingFaceStore
-from nemo_spin.checkpoint.source import CheckpointSource
+from nemo_spin.model_io.source import CheckpointSource
 
 
 def is_huggingface_directory(path: Path) -> bool:

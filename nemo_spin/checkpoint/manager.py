@@ -34,7 +34,6 @@ from megatron.core import dist_checkpointing
 from nemo_spin.checkpoint import publishing
 from nemo_spin.checkpoint.background import Outcome, Part, Saving
 from nemo_spin.checkpoint.channel import Channel
-from nemo_spin.checkpoint.files import GIB, missing_bytes
 from nemo_spin.checkpoint.manifest import faults_of, read_manifest
 from nemo_spin.checkpoint.own_pickles import check_pickles
 from nemo_spin.checkpoint.retention import Retention
@@ -45,6 +44,7 @@ from nemo_spin.config import CheckpointConfig
 from nemo_spin.errors import CheckpointError, UserError
 from nemo_spin.faults import reached
 from nemo_spin.megatron.agreement import everywhere, of_first, total
+from nemo_spin.model_io.files import GIB, missing_bytes
 
 # After an error: how long the processes that are left wait for a checkpoint on its way.
 _SECONDS_AFTER_ERROR = 60.0

@@ -15,9 +15,9 @@ from pathlib import Path, PurePosixPath
 
 import torch.distributed as dist
 
-from nemo_spin.checkpoint.files import write_json
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.agreement import gathered, of_first
+from nemo_spin.model_io.files import write_json
 from nemo_spin.watchdog import beat
 
 FILE = "manifest.json"

@@ -8,11 +8,11 @@ from typing import Any
 
 from nemo_spin.checkpoint import interpolation, nemo1, nemo_archive, tokenizer_description
 from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
-from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.checkpoint.weight_store import WeightStore
 from nemo_spin.checkpoint.zarr_store import ZarrStore, is_zarr
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.source import CheckpointSource, layout_in
 
 
 def is_nemo1_directory(path: Path) -> bool:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from nemo_spin.checkpoint import nemo2, tokenizer_description
 from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
-from nemo_spin.checkpoint.source import CheckpointSource, layout_in
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.source import CheckpointSource, layout_in
 
 
 def is_nemo2_directory(path: Path) -> bool:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from nemo_spin.checkpoint.files import sync
 from nemo_spin.checkpoint.tar_members import (
     Member,
     TruncatedArchiveError,
@@ -21,6 +20,7 @@ from nemo_spin.checkpoint.tar_members import (
     starts_archive,
 )
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.files import sync
 from nemo_spin.watchdog import beat
 
 CONFIG = "model_config.yaml"

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nemo_spin.checkpoint.files import write_json
 from nemo_spin.checkpoint.manifest import fault_of, read_manifest
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.files import write_json
 from nemo_spin.progress import Progress
 
 FILE = "state.json"

@@ -15,8 +15,6 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo_spin.checkpoint.fingerprint import fingerprint
-from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.commands.response_file import Found, check_output, find_responses, writing
 from nemo_spin.config import LengthParams, SamplingParams
 from nemo_spin.data.encoder import RecordEncoder
@@ -27,6 +25,8 @@ from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.architecture import check_layout
 from nemo_spin.model import MegatronGPTSPINModel
+from nemo_spin.model_io.fingerprint import fingerprint
+from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.rollouts import sequence_logps
 from nemo_spin.tokenizers import check_tokenizer_fits, restore_tokenizer
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
 from nemo_spin import run_lock
-from nemo_spin.checkpoint.opening import open_checkpoint
 from nemo_spin.cli.launch import is_main
 from nemo_spin.commands import experiment
 from nemo_spin.commands.best_iteration import settle_on_best
@@ -23,7 +22,6 @@ from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, r
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, UserError
-from nemo_spin.export import check_expressible, export
 from nemo_spin.faults import reached
 from nemo_spin.generation.choose import check_engine
 from nemo_spin.megatron import setup
@@ -32,6 +30,8 @@ from nemo_spin.megatron.architecture import check_layout
 from nemo_spin.megatron.gpt import DTYPES
 from nemo_spin.metrics_log import MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel
+from nemo_spin.model_io.export import check_expressible, export
+from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.report import write_report
 from nemo_spin.reporting import Reporter
 from nemo_spin.stopping import Stopping

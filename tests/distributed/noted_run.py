@@ -57,10 +57,10 @@ from omegaconf import OmegaConf  # noqa: E402
 from runs import make_checkpoint, make_data, shards_of  # noqa: E402
 
 import nemo_spin.commands.train  # noqa: E402, F401
-from nemo_spin.checkpoint.opening import open_checkpoint  # noqa: E402
 from nemo_spin.cli.train import run_training  # noqa: E402
 from nemo_spin.generation.engine import Generator  # noqa: E402
 from nemo_spin.megatron import setup  # noqa: E402
+from nemo_spin.model_io.open import open_checkpoint  # noqa: E402
 from nemo_spin.trainer import SPINTrainer  # noqa: E402
 
 

@@ -16,7 +16,7 @@ from selfplay import whole_weights
 from stores import write_zarr
 
 from nemo_spin.checkpoint import nemo_archive
-from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.model_io.open import open_checkpoint
 
 FAMILIES = {"nemo": "nemo1", "nemo2": "nemo2", "megatron": "bridge", "hf": "huggingface"}
 
@@ -108,8 +108,8 @@ def test_a_run_ends_with_the_same_weights_from_every_family(
 
 
 def save_everything(checkpoint: str, directory: str) -> None:
-    from nemo_spin.export import FORMATS, export
     from nemo_spin.model import MegatronGPTSPINModel
+    from nemo_spin.model_io.export import FORMATS, export
 
     content = MegatronGPTSPINModel.restore_from(checkpoint).content()
     for file_format in FORMATS:

@@ -34,9 +34,9 @@ from nemo_spin.checkpoint.megatron_source import open_iteration
 from nemo_spin.checkpoint.metadata_pickle import read_metadata
 from nemo_spin.checkpoint.torch_dist import write_torch_dist
 from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
-from nemo_spin.checkpoint.weights import load_weights, save_weights
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
+from nemo_spin.model_io.weights import load_weights, save_weights
 
 ARCHITECTURES = {"llama": toy_architecture(), **VARIANTS}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from nemo_spin.checkpoint.opening import open_checkpoint
+from nemo_spin.model_io.open import open_checkpoint
 
 FAMILIES = {"nemo2": "nemo2", "megatron": "bridge", "hf": "huggingface"}
 REPO = Path(__file__).resolve().parents[2]

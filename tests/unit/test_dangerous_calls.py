@@ -23,7 +23,10 @@ METHODS = ("extractall", "unsafe_load")
 ONLY_IN = {
     "yaml.load": {"checkpoint/plain_data.py"},  # with a SafeLoader of its own
     "pickle._Unpickler": {"checkpoint/inert_pickle.py"},  # whose instructions it replaces
-    "OmegaConf.load": {"archive.py", "commands/doctor.py"},  # the user's own configurations, which may be resolved
+    "OmegaConf.load": {
+        "model_io/nemo_connector.py",
+        "commands/doctor.py",
+    },  # the user's own configurations, which may be resolved
     "dist_checkpointing.load": {"checkpoint/manager.py"},  # a run's own checkpoints
     "pickle.loads": {"checkpoint/channel.py"},  # what a run's own processes tell each other, as torch does
     "tarfile.open": {"checkpoint/nemo_archive.py"},  # to write

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.checkpoint.fingerprint import fingerprint
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("size", [0, 10, 4096, 4096 * 64, 4096 * 64 + 1, 10**6])

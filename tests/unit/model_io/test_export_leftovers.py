@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.export import _remove_leftovers
+from nemo_spin.model_io.export import _remove_leftovers
 
 
 @pytest.mark.parametrize("new_is_there", [True, False])

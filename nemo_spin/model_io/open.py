@@ -13,8 +13,8 @@ from pathlib import Path
 
 from nemo_spin.checkpoint import huggingface_source, megatron_source, nemo1_source, nemo2_source, nemo_archive
 from nemo_spin.checkpoint.megatron_directory import find_iteration
-from nemo_spin.checkpoint.source import CheckpointSource, understood
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.source import CheckpointSource, understood
 
 _EXPECTED = (
     "expected a .nemo file, an unpacked one, a NeMo 2 directory (context/, weights/), a Megatron directory (iter_*), "
