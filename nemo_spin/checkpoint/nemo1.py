@@ -11,8 +11,6 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.field_types import check_field_types
-from nemo_spin.checkpoint.supported import is_transformer_field, refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import (
@@ -22,6 +20,8 @@ from nemo_spin.megatron.architecture import (
     squared_relu,
     transformer_fields,
 )
+from nemo_spin.model_io.fields.supported import is_transformer_field, refuse_other_rope_scaling, refuse_unsupported
+from nemo_spin.model_io.fields.types import check_field_types
 
 KEY_PREFIX = "model."
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_spin.checkpoint.field_types import check_field_types
-from nemo_spin.checkpoint.supported import refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import (
@@ -23,6 +21,8 @@ from nemo_spin.megatron.architecture import (
     squared_relu,
     transformer_fields,
 )
+from nemo_spin.model_io.fields.supported import refuse_other_rope_scaling, refuse_unsupported
+from nemo_spin.model_io.fields.types import check_field_types
 
 # Last part of the name -> function; the name must be one of torch's, NeMo's or megatron's.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
