@@ -26,11 +26,6 @@ from nemo_spin.checkpoint import (
     nemo2_context,
     nemo_archive,
 )
-from nemo_spin.checkpoint.huggingface_export import (
-    to_huggingface_config,
-    write_huggingface_config,
-    write_huggingface_weights,
-)
 from nemo_spin.checkpoint.megatron_tokenizer import FILES
 from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.checkpoint.weight_store import EMBEDDING, WeightStore
@@ -38,6 +33,11 @@ from nemo_spin.errors import CheckpointError, ConfigError
 from nemo_spin.faults import reached
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.files import sync
+from nemo_spin.model_io.huggingface.export import (
+    to_huggingface_config,
+    write_huggingface_config,
+    write_huggingface_weights,
+)
 from nemo_spin.model_io.weights import save_weights
 from nemo_spin.tokenizers import NeMoTokenizer
 

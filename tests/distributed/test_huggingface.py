@@ -11,10 +11,10 @@ from huggingface_models import MODELS, ROWS, token_ids, write
 from test_checkpoints import CHECKPOINTS, genuine, logits
 from torch import Tensor
 
-from nemo_spin.checkpoint.huggingface import architecture_from_huggingface, read_huggingface_config
-from nemo_spin.checkpoint.huggingface_export import write_huggingface_config, write_huggingface_weights
-from nemo_spin.checkpoint.huggingface_weights import HuggingFaceStore
 from nemo_spin.megatron.gpt import build_gpt
+from nemo_spin.model_io.huggingface.config import architecture_from_huggingface, read_huggingface_config
+from nemo_spin.model_io.huggingface.export import write_huggingface_config, write_huggingface_weights
+from nemo_spin.model_io.huggingface.weights import HuggingFaceStore
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.weights import load_weights
 from nemo_spin.tokenizers import build_tokenizer

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_models import MODELS, SIZES
 
-from nemo_spin.checkpoint.huggingface import DEFAULTS, architecture_from_huggingface, read_huggingface_config
-from nemo_spin.checkpoint.huggingface_export import to_huggingface_config, write_huggingface_config
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, parameter_count
+from nemo_spin.model_io.huggingface.config import DEFAULTS, architecture_from_huggingface, read_huggingface_config
+from nemo_spin.model_io.huggingface.export import to_huggingface_config, write_huggingface_config
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

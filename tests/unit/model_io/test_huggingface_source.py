@@ -10,8 +10,8 @@ import pytest
 import torch
 from huggingface_models import ROWS, write
 
-from nemo_spin.checkpoint.huggingface_source import is_huggingface_directory, open_directory
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.huggingface.source import is_huggingface_directory, open_directory
 
 
 def test_a_directory(tmp_path: Path) -> None:

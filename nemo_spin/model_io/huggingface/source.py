@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_spin.checkpoint import tokenizer_description
-from nemo_spin.checkpoint.huggingface import (
+from nemo_spin.model_io.huggingface.config import (
     ADAPTER_CONFIG,
     CONFIG,
     architecture_from_huggingface,
     read_huggingface_config,
 )
-from nemo_spin.checkpoint.huggingface_weights import HuggingFaceStore
+from nemo_spin.model_io.huggingface.weights import HuggingFaceStore
 from nemo_spin.model_io.source import CheckpointSource
 
 

@@ -16,18 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_spin.checkpoint.huggingface import CLASSES, CONFIG, DEFAULTS, HAVE_BIASES, LLAMA3_ROPE
-from nemo_spin.checkpoint.huggingface_layout import (
+from nemo_spin.checkpoint.weight_store import WeightStore
+from nemo_spin.errors import CheckpointError
+from nemo_spin.megatron.architecture import Architecture, squared_relu
+from nemo_spin.model_io.contradictions import expected_tensors
+from nemo_spin.model_io.huggingface.config import CLASSES, CONFIG, DEFAULTS, HAVE_BIASES, LLAMA3_ROPE
+from nemo_spin.model_io.huggingface.layout import (
     INDEX,
     SINGLE,
     Segment,
     huggingface_shapes,
     segments,
 )
-from nemo_spin.checkpoint.weight_store import WeightStore
-from nemo_spin.errors import CheckpointError
-from nemo_spin.megatron.architecture import Architecture, squared_relu
-from nemo_spin.model_io.contradictions import expected_tensors
 from nemo_spin.watchdog import beat
 
 GENERATION_CONFIG = "generation_config.json"

@@ -12,18 +12,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_spin.checkpoint.huggingface_layout import (
+from nemo_spin.checkpoint.plain_data import read_json
+from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor
+from nemo_spin.errors import CheckpointError
+from nemo_spin.megatron.architecture import Architecture
+from nemo_spin.model_io.contradictions import each_expected
+from nemo_spin.model_io.huggingface.layout import (
     INDEX,
     OUTER,
     SINGLE,
     huggingface_shapes,
     segments,
 )
-from nemo_spin.checkpoint.plain_data import read_json
-from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor
-from nemo_spin.errors import CheckpointError
-from nemo_spin.megatron.architecture import Architecture
-from nemo_spin.model_io.contradictions import each_expected
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _AGAIN = "copy it again or use another checkpoint"
