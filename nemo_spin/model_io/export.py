@@ -17,16 +17,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from omegaconf import OmegaConf
 
-from nemo_spin.checkpoint import (
-    interpolation,
-    megatron_args,
-    megatron_directory,
-    nemo1,
-    nemo2,
-    nemo2_context,
-    nemo_archive,
-)
-from nemo_spin.checkpoint.megatron_tokenizer import FILES
+from nemo_spin.checkpoint import interpolation, nemo1, nemo2, nemo2_context, nemo_archive
 from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.checkpoint.weight_store import EMBEDDING, WeightStore
 from nemo_spin.errors import CheckpointError, ConfigError
@@ -38,6 +29,9 @@ from nemo_spin.model_io.huggingface.export import (
     write_huggingface_config,
     write_huggingface_weights,
 )
+from nemo_spin.model_io.megatron_lm import args as megatron_args
+from nemo_spin.model_io.megatron_lm import directory as megatron_directory
+from nemo_spin.model_io.megatron_lm.tokenizer import FILES
 from nemo_spin.model_io.weights import save_weights
 from nemo_spin.tokenizers import NeMoTokenizer
 

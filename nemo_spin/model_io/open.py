@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_spin.checkpoint import megatron_source, nemo1_source, nemo2_source, nemo_archive
-from nemo_spin.checkpoint.megatron_directory import find_iteration
+from nemo_spin.checkpoint import nemo1_source, nemo2_source, nemo_archive
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.huggingface import source as huggingface_source
+from nemo_spin.model_io.megatron_lm import source as megatron_source
+from nemo_spin.model_io.megatron_lm.directory import find_iteration
 from nemo_spin.model_io.source import CheckpointSource, understood
 
 _EXPECTED = (

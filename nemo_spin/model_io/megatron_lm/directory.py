@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_spin.checkpoint.megatron_args import to_args
-from nemo_spin.checkpoint.megatron_bridge import to_run_config
-from nemo_spin.checkpoint.megatron_tokenizer import to_megatron
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture
+from nemo_spin.model_io.megatron_lm.args import to_args
+from nemo_spin.model_io.megatron_lm.bridge import to_run_config
+from nemo_spin.model_io.megatron_lm.tokenizer import to_megatron
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_CONFIG = "run_config.yaml"

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint import megatron_args, megatron_bridge
 from nemo_spin.checkpoint.common_state import read_common_state
-from nemo_spin.checkpoint.megatron_directory import RUN_CONFIG, Iteration
-from nemo_spin.checkpoint.megatron_tokenizer import from_megatron
 from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.checkpoint.torch_dist import TorchDistStore, read_backend
 from nemo_spin.checkpoint.weight_store import WeightStore
 from nemo_spin.checkpoint.zarr_store import ZarrStore
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.megatron_lm import args as megatron_args
+from nemo_spin.model_io.megatron_lm import bridge as megatron_bridge
+from nemo_spin.model_io.megatron_lm.directory import RUN_CONFIG, Iteration
+from nemo_spin.model_io.megatron_lm.tokenizer import from_megatron
 from nemo_spin.model_io.source import CheckpointSource, layout_in
 
 
