@@ -17,7 +17,6 @@ from nemo.core.classes import common as nemo_common
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.checkpoint.nemo1 import architecture_from_nemo1
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1
 from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
@@ -34,6 +33,7 @@ from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.megatron.steps import Batching
 from nemo_spin.model_io.export import Content, LiveWeights
+from nemo_spin.model_io.nemo1.config import architecture_from_nemo1
 from nemo_spin.model_io.nemo_connector import (
     SPINSaveRestoreConnector,
     by_own_connector,

@@ -11,9 +11,9 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.checkpoint.interpolation import may_interpolate
-from nemo_spin.checkpoint.nemo1 import to_nemo1_config
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.export import export
+from nemo_spin.model_io.nemo1.config import to_nemo1_config
 from nemo_spin.model_io.open import open_checkpoint
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from runs import make_checkpoint, make_data, training_run
 from selfplay import whole_weights
 from stores import write_zarr
 
-from nemo_spin.checkpoint import nemo_archive
+from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.open import open_checkpoint
 
 FAMILIES = {"nemo": "nemo1", "nemo2": "nemo2", "megatron": "bridge", "hf": "huggingface"}

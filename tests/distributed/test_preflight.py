@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from runs import make_checkpoint, make_data, make_tokenizer
 
-from nemo_spin.checkpoint import nemo_archive
 from nemo_spin.errors import UserError
+from nemo_spin.model_io.nemo1 import archive as nemo_archive
 
 
 @pytest.fixture(scope="module")

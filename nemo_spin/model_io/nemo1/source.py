@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint import interpolation, nemo1, nemo_archive, tokenizer_description
+from nemo_spin.checkpoint import interpolation, tokenizer_description
 from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.checkpoint.weight_store import WeightStore
 from nemo_spin.checkpoint.zarr_store import ZarrStore, is_zarr
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.nemo1 import archive as nemo_archive
+from nemo_spin.model_io.nemo1 import config as nemo1
 from nemo_spin.model_io.source import CheckpointSource, layout_in
 
 
