@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_spin.checkpoint import nemo2_source
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.huggingface import source as huggingface_source
 from nemo_spin.model_io.megatron_lm import source as megatron_source
 from nemo_spin.model_io.megatron_lm.directory import find_iteration
 from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.nemo1 import source as nemo1_source
+from nemo_spin.model_io.nemo2 import source as nemo2_source
 from nemo_spin.model_io.source import CheckpointSource, understood
 
 _EXPECTED = (

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from nemo_spin.checkpoint.fiddle_graph import fiddle_graph
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.fields.supported import LLAMA31_SCALING
+from nemo_spin.model_io.nemo2.fiddle_graph import fiddle_graph
 
 _MODELS = "nemo.collections.llm.gpt.model."
 _ACTIVATIONS: dict[Callable[[Tensor], Tensor], str] = {

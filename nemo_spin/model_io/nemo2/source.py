@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nemo_spin.checkpoint import nemo2, tokenizer_description
+from nemo_spin.checkpoint import tokenizer_description
 from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.checkpoint.torch_dist import TorchDistStore
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.nemo2 import config as nemo2
 from nemo_spin.model_io.source import CheckpointSource, layout_in
 
 
