@@ -24,9 +24,9 @@ from cost_model import Shape
 from llama import llama
 from torch import Tensor
 
-from nemo_spin.checkpoint.weight_store import Region, StoredTensor
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.contradictions import expected_tensors
+from nemo_spin.model_io.stores.interface import Region, StoredTensor
 
 ROUND = (("nemo2", "hf"), ("hf", "megatron"), ("megatron", "nemo"), ("nemo", "nemo2"))
 

@@ -18,7 +18,6 @@ from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.checkpoint.tokenizer_description import from_nemo1
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
 from nemo_spin.errors import UserError
 from nemo_spin.generation.choose import make_engine
@@ -41,6 +40,7 @@ from nemo_spin.model_io.nemo_connector import (
     check_before_restoring,
 )
 from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.weights import load_weights
 from nemo_spin.reference import Reference
 from nemo_spin.rollouts import Answer, Rollout, roll_out, score

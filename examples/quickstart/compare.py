@@ -114,7 +114,7 @@ def measure_all(directory: Path, seed: int, spin_lr: float) -> list[Figures]:
     from sft import fine_tune, load
 
     from nemo_spin import MegatronGPTSPINModel
-    from nemo_spin.checkpoint.torch_dist import TorchDistStore
+    from nemo_spin.model_io.stores.torch_dist import TorchDistStore
     from nemo_spin.model_io.weights import load_weights
 
     model = MegatronGPTSPINModel.restore_from(str(directory / "sft.nemo"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, OUTPUT_LAYER, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, layer_tensors, outer_tensors
+from nemo_spin.model_io.stores.interface import EMBEDDING, LAYERS, OUTPUT_LAYER, POSITIONS, StoredTensor
 
 _QK_NORMS = tuple(f"{which}_layernorm.{kind}" for which in "qk" for kind in ("weight", "bias"))
 

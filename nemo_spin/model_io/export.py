@@ -18,8 +18,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from omegaconf import OmegaConf
 
 from nemo_spin.checkpoint import interpolation
-from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
-from nemo_spin.checkpoint.weight_store import EMBEDDING, WeightStore
 from nemo_spin.errors import CheckpointError, ConfigError
 from nemo_spin.faults import reached
 from nemo_spin.megatron.architecture import Architecture
@@ -36,6 +34,8 @@ from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.nemo1 import config as nemo1
 from nemo_spin.model_io.nemo2 import config as nemo2
 from nemo_spin.model_io.nemo2 import context as nemo2_context
+from nemo_spin.model_io.stores.interface import EMBEDDING, WeightStore
+from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.model_io.weights import save_weights
 from nemo_spin.tokenizers import NeMoTokenizer
 

@@ -16,10 +16,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from nemo_spin.checkpoint.extra_state import extra_state_keys
-from nemo_spin.checkpoint.sharded import save_sharded
-from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, OUTPUT_LAYER, WeightStore
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.stores.extra_state import extra_state_keys
+from nemo_spin.model_io.stores.interface import EMBEDDING, LAYERS, OUTPUT_LAYER, WeightStore
+from nemo_spin.model_io.stores.sharded import save_sharded
 from nemo_spin.watchdog import beat
 
 

@@ -10,12 +10,12 @@ import torch
 from harness import Workers
 from test_checkpoints import logits
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.model_io.huggingface.weights import HuggingFaceStore
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1
 from nemo_spin.model_io.nemo2.config import architecture_from_nemo2
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.weights import load_weights
 
 ROWS, HIDDEN, HEADS, GROUPS = 50, 32, 4, 2

@@ -16,7 +16,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from toy import fill_deterministically, toy_architecture
 
-from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, squared_relu
 from nemo_spin.megatron.gpt import build_gpt
@@ -24,6 +23,7 @@ from nemo_spin.model_io.contradictions import check_against
 from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.nemo1 import config as nemo1
 from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.model_io.weights import load_weights, save_weights
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "shared" / "checkpoints"

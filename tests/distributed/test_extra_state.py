@@ -8,8 +8,8 @@ import torch.distributed.checkpoint as dcp
 from harness import Workers
 from toy import toy_architecture
 
-from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.megatron.gpt import build_gpt
+from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.model_io.weights import save_weights
 
 ARCHITECTURE = toy_architecture(qk_layernorm=True)

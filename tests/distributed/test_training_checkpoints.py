@@ -344,7 +344,7 @@ def save_slowly(directory: str) -> dict[str, Any]:
     """The first rank's disk takes nothing until it is let go."""
     from small_state import Run
 
-    from nemo_spin.checkpoint.sharded import ShardWriter
+    from nemo_spin.model_io.stores.sharded import ShardWriter
 
     let_go = threading.Event()
     write = ShardWriter.write
@@ -389,7 +389,7 @@ def fail_while_saving(directory: str, lost: bool) -> tuple[set[str], bool]:
     from small_state import Run
 
     from nemo_spin.checkpoint import manager
-    from nemo_spin.checkpoint.sharded import ShardWriter
+    from nemo_spin.model_io.stores.sharded import ShardWriter
 
     write, seconds = ShardWriter.write, manager._SECONDS_AFTER_ERROR
     over = threading.Event()
@@ -480,8 +480,8 @@ def test_a_checkpoint_of_a_stranger_runs_no_code(workers: Any, tmp_path: Path, w
 def write_shards(directory: str, what: str, rank: int, number: int) -> str:
     from small_state import SmallModel
 
-    from nemo_spin.checkpoint.sharded import save_sharded
     from nemo_spin.errors import UserError
+    from nemo_spin.model_io.stores.sharded import save_sharded
 
     with failing(what, rank, number):
         try:

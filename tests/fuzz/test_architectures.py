@@ -13,7 +13,6 @@ from config_inputs import ANYTHING
 from fuzzing import Fuzz, check_sentence
 from hypothesis import strategies as st
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, parameter_count, transformer_fields
 from nemo_spin.model_io.huggingface.config import architecture_from_huggingface
@@ -22,6 +21,7 @@ from nemo_spin.model_io.megatron_lm.bridge import architecture_from_run_config, 
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1, to_nemo1_config
 from nemo_spin.model_io.nemo2.config import architecture_from_nemo2
 from nemo_spin.model_io.nemo2.context import describe_model
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 
 TINY = Architecture(
     transformer=transformer_fields(

@@ -12,7 +12,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import (
     Architecture,
@@ -23,6 +22,7 @@ from nemo_spin.megatron.architecture import (
 )
 from nemo_spin.model_io.fields.supported import refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.model_io.fields.types import check_field_types
+from nemo_spin.model_io.stores.interface import EMBEDDING, POSITIONS, StoredTensor
 
 # Last part of the name -> function; the name must be one of torch's, NeMo's or megatron's.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

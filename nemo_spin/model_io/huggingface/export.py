@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_spin.checkpoint.weight_store import WeightStore
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, squared_relu
 from nemo_spin.model_io.contradictions import expected_tensors
@@ -28,6 +27,7 @@ from nemo_spin.model_io.huggingface.layout import (
     huggingface_shapes,
     segments,
 )
+from nemo_spin.model_io.stores.interface import WeightStore
 from nemo_spin.watchdog import beat
 
 GENERATION_CONFIG = "generation_config.json"

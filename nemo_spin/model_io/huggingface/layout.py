@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, OUTPUT_LAYER
 from nemo_spin.megatron.architecture import Architecture, layer_tensors
+from nemo_spin.model_io.stores.interface import EMBEDDING, LAYERS, OUTPUT_LAYER
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.common_state import member_of
-from nemo_spin.checkpoint.weight_store import StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.fields.supported import UNSUPPORTED, is_transformer_field
 from nemo_spin.model_io.fields.transformer import architecture_from_fields, whole_number
+from nemo_spin.model_io.stores.common_state import member_of
+from nemo_spin.model_io.stores.interface import StoredTensor
 
 # Before the names of weights in a checkpoint of Megatron-LM or Megatron-Bridge: nothing.
 KEY_PREFIX = ""

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.weight_store import StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.fields.transformer import architecture_from_fields, target_of, whole_number
+from nemo_spin.model_io.stores.interface import StoredTensor
 
 _BRIDGE = "megatron.bridge.models."
 # Classes whose models differ from GPTModelProvider's in their fields only, whatever size their names end in.

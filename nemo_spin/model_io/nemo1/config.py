@@ -11,7 +11,6 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import (
     Architecture,
@@ -22,6 +21,7 @@ from nemo_spin.megatron.architecture import (
 )
 from nemo_spin.model_io.fields.supported import is_transformer_field, refuse_other_rope_scaling, refuse_unsupported
 from nemo_spin.model_io.fields.types import check_field_types
+from nemo_spin.model_io.stores.interface import EMBEDDING, POSITIONS, StoredTensor
 
 KEY_PREFIX = "model."
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from nemo_spin.checkpoint import interpolation, tokenizer_description
 from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
-from nemo_spin.checkpoint.torch_dist import TorchDistStore
-from nemo_spin.checkpoint.weight_store import WeightStore
-from nemo_spin.checkpoint.zarr_store import ZarrStore, is_zarr
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.nemo1 import config as nemo1
 from nemo_spin.model_io.source import CheckpointSource, layout_in
+from nemo_spin.model_io.stores.interface import WeightStore
+from nemo_spin.model_io.stores.torch_dist import TorchDistStore
+from nemo_spin.model_io.stores.zarr import ZarrStore, is_zarr
 
 
 def is_nemo1_directory(path: Path) -> bool:

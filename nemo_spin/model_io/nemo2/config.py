@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_spin.checkpoint.weight_store import StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.fields.transformer import architecture_from_fields, target_of
+from nemo_spin.model_io.stores.interface import StoredTensor
 
 KEY_PREFIX = "module."
 

@@ -29,14 +29,14 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from nemo_spin.checkpoint import tar_members
 from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
-from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.cli.main import main
 from nemo_spin.errors import CheckpointError, DataError, UserError
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1, to_nemo1_config
 from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
+from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.tokenizers import build_tokenizer
 from nemo_spin.tokenizers.own_files import as_directory, read_own_files
 

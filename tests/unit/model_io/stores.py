@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_spin.checkpoint.weight_store import Region, StoredTensor, WeightStore
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.contradictions import expected_tensors
+from nemo_spin.model_io.stores.interface import Region, StoredTensor, WeightStore
 
 
 class MemoryStore:

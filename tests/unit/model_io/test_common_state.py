@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_spin.checkpoint.common_state import StandIn, member_of, read_common_state
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.stores.common_state import StandIn, member_of, read_common_state
 
 
 class Kind(enum.Enum):

@@ -6,8 +6,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from stores import MemoryStore
 
-from nemo_spin.checkpoint.extra_state import empty_extra_state, extra_state_keys
-from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
+from nemo_spin.model_io.stores.extra_state import empty_extra_state, extra_state_keys
+from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
 
 NAMES = [
     "embedding.word_embeddings.weight",

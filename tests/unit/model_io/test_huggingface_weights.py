@@ -15,13 +15,13 @@ from huggingface_models import MODELS, ROWS, token_ids, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.contradictions import check_against
 from nemo_spin.model_io.huggingface.config import architecture_from_huggingface, read_huggingface_config
 from nemo_spin.model_io.huggingface.export import write_huggingface_config, write_huggingface_weights
 from nemo_spin.model_io.huggingface.weights import HuggingFaceStore
+from nemo_spin.model_io.stores.interface import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor
 
 
 def open_store(directory: Path) -> tuple[HuggingFaceStore, Architecture]:

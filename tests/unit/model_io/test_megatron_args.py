@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.common_state import StandIn
-from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.megatron_lm.args import architecture_from_args, launch_flags, to_args
+from nemo_spin.model_io.stores.common_state import StandIn
+from nemo_spin.model_io.stores.interface import EMBEDDING, POSITIONS, StoredTensor
 
 TENSORS = {EMBEDDING: StoredTensor((384, 64), torch.bfloat16), POSITIONS: StoredTensor((128, 64), torch.bfloat16)}
 # What Megatron-LM's parser leaves of a bare command line: its defaults.

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.megatron_lm.bridge import architecture_from_run_config, refuse_adapters, to_run_config
+from nemo_spin.model_io.stores.interface import EMBEDDING, POSITIONS, StoredTensor
 
 TENSORS = {EMBEDDING: StoredTensor((384, 64), torch.bfloat16), POSITIONS: StoredTensor((128, 64), torch.bfloat16)}
 BRIDGE = "megatron.bridge.models."

@@ -7,13 +7,13 @@ import pytest
 import torch
 import yaml
 
-from nemo_spin.checkpoint.common_state import read_common_state
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.megatron_lm.args import architecture_from_args
 from nemo_spin.model_io.megatron_lm.bridge import architecture_from_run_config
 from nemo_spin.model_io.megatron_lm.directory import find_iteration, iteration_directory, write_megatron_directory
 from nemo_spin.model_io.megatron_lm.tokenizer import from_megatron
+from nemo_spin.model_io.stores.common_state import read_common_state
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 
 TENSORS = {EMBEDDING: StoredTensor((384, 64), torch.bfloat16)}
 LLAMA = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, POSITIONS, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.nemo1.config import ACTIVATIONS, architecture_from_nemo1, to_nemo1_config
+from nemo_spin.model_io.stores.interface import EMBEDDING, POSITIONS, StoredTensor
 
 TENSORS = {EMBEDDING: StoredTensor((384, 64), torch.float32), POSITIONS: StoredTensor((128, 64), torch.float32)}
 MINIMAL = {"mcore_gpt": True, "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1, to_nemo1_config
 from nemo_spin.model_io.nemo2.config import architecture_from_nemo2
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 
 TENSORS = {EMBEDDING: StoredTensor((384, 64), torch.bfloat16)}
 GPT = "nemo.collections.llm.gpt.model."

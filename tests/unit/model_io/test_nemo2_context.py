@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu, transformer_fields
 from nemo_spin.model_io.nemo2.config import architecture_from_nemo2
 from nemo_spin.model_io.nemo2.context import write_context
 from nemo_spin.model_io.nemo2.fiddle_graph import fiddle_graph
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 
 CHECKPOINTS = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
 if not CHECKPOINTS.is_dir():

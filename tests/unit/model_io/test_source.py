@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, layer_tensors, outer_tensors
 from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1, to_nemo1_config
 from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 
 SHARD = "__0_0.distcp"
 CONFIG = {

@@ -13,14 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from stores import MemoryStore, random_store, write_zarr
 
-from nemo_spin.checkpoint import torch_dist
-from nemo_spin.checkpoint.stacked import StackedStore
-from nemo_spin.checkpoint.torch_dist import TorchDistStore, write_torch_dist
-from nemo_spin.checkpoint.weight_store import EMBEDDING, StoredTensor
-from nemo_spin.checkpoint.zarr_store import ZarrStore
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1
+from nemo_spin.model_io.stores import torch_dist
+from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
+from nemo_spin.model_io.stores.stacked import StackedStore
+from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
+from nemo_spin.model_io.stores.zarr import ZarrStore
 
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
 

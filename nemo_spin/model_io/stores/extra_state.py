@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from nemo_spin.checkpoint.weight_store import LAYERS
+from nemo_spin.model_io.stores.interface import LAYERS
 
 _CORE_ATTENTION = "self_attention.core_attention"
 _FINAL_NORM = "decoder.final_layernorm"

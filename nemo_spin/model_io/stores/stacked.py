@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from nemo_spin.checkpoint.weight_store import EMBEDDING, LAYERS, Region, StoredTensor
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.stores.interface import EMBEDDING, LAYERS, Region, StoredTensor
 
 # The largest models have some hundred.
 MOST_LAYERS = 10_000
