@@ -17,7 +17,6 @@ from nemo.core.classes import common as nemo_common
 from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.checkpoint.tokenizer_description import from_nemo1
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
 from nemo_spin.errors import UserError
 from nemo_spin.generation.choose import make_engine
@@ -41,10 +40,11 @@ from nemo_spin.model_io.nemo_connector import (
 )
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
+from nemo_spin.model_io.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer
+from nemo_spin.model_io.tokenizers.description import from_nemo1
 from nemo_spin.model_io.weights import load_weights
 from nemo_spin.reference import Reference
 from nemo_spin.rollouts import Answer, Rollout, roll_out, score
-from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
     nemo_common.ALLOWED_TARGET_PREFIXES.append("nemo_spin.")

@@ -23,14 +23,14 @@ from llama import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nemo_spin.checkpoint.tokenizer_description import from_path
+from nemo_spin.model_io.tokenizers.description import from_path
 from nemo_spin.config import OptimConfig, SchedConfig
 from nemo_spin.model_io.export import Content, LiveWeights, export
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.sequences import Example
-from nemo_spin.tokenizers import build_tokenizer
+from nemo_spin.model_io.tokenizers import build_tokenizer
 
 STEPS, BATCH, LEARNING_RATE = 160, 16, 2e-3
 SPECIAL = {workloads.PAD_ID: "<pad>", workloads.EOS_ID: "<eos>"}

@@ -99,10 +99,10 @@ def _config(options: argparse.Namespace) -> Any:
                 raise ConfigError(f"--{name.replace('_', '-')} says how to sample, and --greedy not to: drop one.")
         if options.num_samples > 1:
             raise ConfigError(f"--num-samples {options.num_samples}: --greedy makes one response only; use 1.")
-    from nemo_spin.checkpoint.tokenizer_description import override_from_path
     from nemo_spin.config import LengthParams, parse_sampling
     from nemo_spin.config.prompt_template import unescape
     from nemo_spin.config.values import Section
+    from nemo_spin.model_io.tokenizers.description import override_from_path
 
     class Options(Section):
         def error(self, key: str, what_to_do: str) -> ConfigError:

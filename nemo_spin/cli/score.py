@@ -22,8 +22,8 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     def work() -> None:
-        from nemo_spin.checkpoint.tokenizer_description import override_from_path
         from nemo_spin.commands.score import score
+        from nemo_spin.model_io.tokenizers.description import override_from_path
 
         score(
             checkpoint=options.checkpoint,

@@ -8,13 +8,13 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from nemo_spin.checkpoint.tokenizer_description import from_path
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.export import Content, StoredWeights, check_expressible, check_target, export
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.source import CheckpointSource
 from nemo_spin.model_io.stores.interface import EMBEDDING, Region, WeightStore
-from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
+from nemo_spin.model_io.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
+from nemo_spin.model_io.tokenizers.description import from_path
 
 
 def convert(

@@ -10,13 +10,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from nemo_spin.checkpoint.tokenizer_description import from_path
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import EXIT_CODE, DataError, printable
 from nemo_spin.model_io.open import open_checkpoint
-from nemo_spin.tokenizers import build_tokenizer
+from nemo_spin.model_io.tokenizers import build_tokenizer
+from nemo_spin.model_io.tokenizers.description import from_path
 
 _NO_LIMIT = 2**31 - 1
 _PERCENTILES = {"min": 0, "5%": 5, "50%": 50, "95%": 95, "99%": 99, "max": 100}

@@ -14,8 +14,8 @@ from nemo_spin.errors import CheckpointError, ConfigError, printable
 from nemo_spin.megatron.architecture import Architecture, check_layout
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.source import CheckpointSource
-from nemo_spin.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
-from nemo_spin.tokenizers.build import local_path
+from nemo_spin.model_io.tokenizers import NeMoTokenizer, build_tokenizer, check_tokenizer_fits
+from nemo_spin.model_io.tokenizers.build import local_path
 
 FAMILIES = {
     "nemo1": "NeMo 1 .nemo",

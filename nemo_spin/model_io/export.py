@@ -36,8 +36,8 @@ from nemo_spin.model_io.nemo2 import config as nemo2
 from nemo_spin.model_io.nemo2 import context as nemo2_context
 from nemo_spin.model_io.stores.interface import EMBEDDING, WeightStore
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
+from nemo_spin.model_io.tokenizers import NeMoTokenizer
 from nemo_spin.model_io.weights import save_weights
-from nemo_spin.tokenizers import NeMoTokenizer
 
 
 class Weights(Protocol):

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
 
 from toy import fill_deterministically, toy_architecture
 
-from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
 from nemo_spin.commands.convert import convert
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.megatron.gpt import DTYPES, build_gpt
 from nemo_spin.model_io.export import Content, LiveWeights, export
-from nemo_spin.tokenizers import build_tokenizer
+from nemo_spin.model_io.tokenizers import build_tokenizer
+from nemo_spin.model_io.tokenizers.description import TokenizerDescription
 
 TEXT = "the answer is four"
 VOCABULARY = 96

@@ -16,8 +16,8 @@ from nemo_spin.model_io.huggingface.config import architecture_from_huggingface,
 from nemo_spin.model_io.huggingface.export import write_huggingface_config, write_huggingface_weights
 from nemo_spin.model_io.huggingface.weights import HuggingFaceStore
 from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.model_io.tokenizers import build_tokenizer
 from nemo_spin.model_io.weights import load_weights
-from nemo_spin.tokenizers import build_tokenizer
 
 
 def difference(directory: Path, expected: Tensor) -> float:

@@ -242,7 +242,7 @@ def data_with_answers(directory: Path) -> str:
 
 
 def answers_from_the_data(checkpoint: str, data: str, run_dir: str) -> dict[str, Any]:
-    from nemo_spin.tokenizers import NeMoTokenizer
+    from nemo_spin.model_io.tokenizers import NeMoTokenizer
 
     def render(self: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         return " ".join(message["content"] for message in messages)

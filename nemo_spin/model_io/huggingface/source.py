@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_spin.checkpoint import tokenizer_description
 from nemo_spin.model_io.huggingface.config import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -13,6 +12,7 @@ from nemo_spin.model_io.huggingface.config import (
 )
 from nemo_spin.model_io.huggingface.weights import HuggingFaceStore
 from nemo_spin.model_io.source import CheckpointSource
+from nemo_spin.model_io.tokenizers import description as tokenizer_description
 
 
 def is_huggingface_directory(path: Path) -> bool:

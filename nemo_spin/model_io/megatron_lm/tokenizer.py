@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
+from nemo_spin.model_io.tokenizers.description import TokenizerDescription
 
 FILES = "tokenizer"
 _HUGGINGFACE = ("HuggingFaceTokenizer", "SFTTokenizer")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint import interpolation, tokenizer_description
+from nemo_spin.checkpoint import interpolation
 from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.nemo1 import archive as nemo_archive
@@ -15,6 +15,7 @@ from nemo_spin.model_io.source import CheckpointSource, layout_in
 from nemo_spin.model_io.stores.interface import WeightStore
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore
 from nemo_spin.model_io.stores.zarr import ZarrStore, is_zarr
+from nemo_spin.model_io.tokenizers import description as tokenizer_description
 
 
 def is_nemo1_directory(path: Path) -> bool:

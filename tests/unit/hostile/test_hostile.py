@@ -28,7 +28,6 @@ from stores import random_store, write_zarr
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from nemo_spin.checkpoint import tar_members
-from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
 from nemo_spin.cli.main import main
 from nemo_spin.errors import CheckpointError, DataError, UserError
 from nemo_spin.megatron.architecture import Architecture
@@ -37,8 +36,9 @@ from nemo_spin.model_io.nemo1.config import architecture_from_nemo1, to_nemo1_co
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
-from nemo_spin.tokenizers import build_tokenizer
-from nemo_spin.tokenizers.own_files import as_directory, read_own_files
+from nemo_spin.model_io.tokenizers import build_tokenizer
+from nemo_spin.model_io.tokenizers.description import TokenizerDescription
+from nemo_spin.model_io.tokenizers.own_files import as_directory, read_own_files
 
 ROOM = 2**31  # bytes that an attack may add to this process
 SECONDS = 300

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_spin.errors import one_line
-from nemo_spin.tokenizers.conversion import write_files
+from nemo_spin.model_io.tokenizers.conversion import write_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,6 +1,6 @@
 """Which tokenizer belongs to a checkpoint, as its configuration says it: data only, nothing is loaded here.
 
-`nemo_spin.tokenizers.build_tokenizer` makes the tokenizer.
+`nemo_spin.model_io.tokenizers.build_tokenizer` makes the tokenizer.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint.tokenizer_description import OVERRIDE_HINT, TokenizerDescription
 from nemo_spin.errors import CheckpointError, DataError, one_line
+from nemo_spin.model_io.tokenizers.description import OVERRIDE_HINT, TokenizerDescription
 
 
 class NeMoTokenizer:

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint.tokenizer_description import HF_FILES, OVERRIDE_HINT, TokenizerDescription, override
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.source import CheckpointSource
-from nemo_spin.tokenizers import huggingface, sentencepiece, tiktoken
-from nemo_spin.tokenizers.base import NeMoTokenizer
+from nemo_spin.model_io.tokenizers import huggingface, sentencepiece, tiktoken
+from nemo_spin.model_io.tokenizers.base import NeMoTokenizer
+from nemo_spin.model_io.tokenizers.description import HF_FILES, OVERRIDE_HINT, TokenizerDescription, override
 
 _BUILDERS = {
     "huggingface": huggingface.build,

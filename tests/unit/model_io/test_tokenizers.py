@@ -14,7 +14,10 @@ import sentencepiece
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nemo_spin.checkpoint.tokenizer_description import (
+from nemo_spin.errors import CheckpointError, ConfigError, DataError
+from nemo_spin.model_io.tokenizers import build_tokenizer, check_tokenizer_fits
+from nemo_spin.model_io.tokenizers.build import local_path
+from nemo_spin.model_io.tokenizers.description import (
     TokenizerDescription,
     from_huggingface,
     from_nemo1,
@@ -23,9 +26,6 @@ from nemo_spin.checkpoint.tokenizer_description import (
     override,
     override_from_path,
 )
-from nemo_spin.errors import CheckpointError, ConfigError, DataError
-from nemo_spin.tokenizers import build_tokenizer, check_tokenizer_fits
-from nemo_spin.tokenizers.build import local_path
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint.tokenizer_description import TokenizerDescription
 from nemo_spin.errors import CheckpointError, one_line
-from nemo_spin.tokenizers.base import NeMoTokenizer
-from nemo_spin.tokenizers.comparison import write_and_compare
-from nemo_spin.tokenizers.conversion import from_sentencepiece
+from nemo_spin.model_io.tokenizers.base import NeMoTokenizer
+from nemo_spin.model_io.tokenizers.comparison import write_and_compare
+from nemo_spin.model_io.tokenizers.conversion import from_sentencepiece
+from nemo_spin.model_io.tokenizers.description import TokenizerDescription
 
 _NEMO2_TARGET = "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer"
 _MODEL = "tokenizer.model"

@@ -10,10 +10,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
-from nemo_spin.checkpoint.tokenizer_description import HF_ROLES, OVERRIDE_HINT, TokenizerDescription
 from nemo_spin.errors import CheckpointError, one_line
-from nemo_spin.tokenizers.base import NeMoTokenizer
-from nemo_spin.tokenizers.own_files import MODEL_CONFIG, PATTERNS, as_directory, read_own_files
+from nemo_spin.model_io.tokenizers.base import NeMoTokenizer
+from nemo_spin.model_io.tokenizers.description import HF_ROLES, OVERRIDE_HINT, TokenizerDescription
+from nemo_spin.model_io.tokenizers.own_files import MODEL_CONFIG, PATTERNS, as_directory, read_own_files
 
 _NEMO2_TARGET = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
 _ADDITIONAL = "additional_special_tokens"
