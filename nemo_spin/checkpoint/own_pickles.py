@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from nemo_spin.checkpoint.metadata_pickle import read_metadata
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.stores.common_state import FILE as COMMON_FILE
+from nemo_spin.model_io.untrusted.metadata_pickle import read_metadata
 
 
 def check_pickles(shards: Path, origin: str) -> None:

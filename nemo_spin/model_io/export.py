@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from omegaconf import OmegaConf
 
-from nemo_spin.checkpoint import interpolation
 from nemo_spin.errors import CheckpointError, ConfigError
 from nemo_spin.faults import reached
 from nemo_spin.megatron.architecture import Architecture
@@ -37,6 +36,7 @@ from nemo_spin.model_io.nemo2 import context as nemo2_context
 from nemo_spin.model_io.stores.interface import EMBEDDING, WeightStore
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.model_io.tokenizers import NeMoTokenizer
+from nemo_spin.model_io.untrusted import interpolation
 from nemo_spin.model_io.weights import save_weights
 
 

@@ -10,11 +10,11 @@ import torch
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.checkpoint.interpolation import may_interpolate
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.export import export
 from nemo_spin.model_io.nemo1.config import to_nemo1_config
 from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.model_io.untrusted.interpolation import may_interpolate
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

@@ -22,7 +22,6 @@ from test_checkpoints import VARIANTS, last, logits
 from torch import Tensor
 from toy import fill_deterministically, toy_architecture
 
-from nemo_spin.checkpoint.metadata_pickle import read_metadata
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.model_io.megatron_lm.args import architecture_from_args, to_args
@@ -36,6 +35,7 @@ from nemo_spin.model_io.megatron_lm.directory import (
 from nemo_spin.model_io.megatron_lm.source import open_iteration
 from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.stores.torch_dist import write_torch_dist
+from nemo_spin.model_io.untrusted.metadata_pickle import read_metadata
 from nemo_spin.model_io.weights import load_weights, save_weights
 
 ARCHITECTURES = {"llama": toy_architecture(), **VARIANTS}

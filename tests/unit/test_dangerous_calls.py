@@ -21,8 +21,8 @@ NOWHERE = """
 METHODS = ("extractall", "unsafe_load")
 # Name -> the modules that may use it, and why.
 ONLY_IN = {
-    "yaml.load": {"checkpoint/plain_data.py"},  # with a SafeLoader of its own
-    "pickle._Unpickler": {"checkpoint/inert_pickle.py"},  # whose instructions it replaces
+    "yaml.load": {"model_io/untrusted/plain_data.py"},  # with a SafeLoader of its own
+    "pickle._Unpickler": {"model_io/untrusted/inert_pickle.py"},  # whose instructions it replaces
     "OmegaConf.load": {
         "model_io/nemo_connector.py",
         "commands/doctor.py",

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from nemo_spin.checkpoint.plain_data import PlainDataError, read_json
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, squared_relu, transformer_fields
+from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_json
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"

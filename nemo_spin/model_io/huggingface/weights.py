@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_spin.checkpoint.plain_data import read_json
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.contradictions import each_expected
@@ -24,6 +23,7 @@ from nemo_spin.model_io.huggingface.layout import (
     segments,
 )
 from nemo_spin.model_io.stores.interface import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor
+from nemo_spin.model_io.untrusted.plain_data import read_json
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _AGAIN = "copy it again or use another checkpoint"

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.megatron_lm import args as megatron_args
 from nemo_spin.model_io.megatron_lm import bridge as megatron_bridge
@@ -17,6 +16,7 @@ from nemo_spin.model_io.stores.common_state import read_common_state
 from nemo_spin.model_io.stores.interface import WeightStore
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore, read_backend
 from nemo_spin.model_io.stores.zarr import ZarrStore
+from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_yaml
 
 
 def open_iteration(found: Iteration) -> CheckpointSource:

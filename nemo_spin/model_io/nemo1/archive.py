@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from nemo_spin.checkpoint.tar_members import (
+from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.files import sync
+from nemo_spin.model_io.untrusted.tar_members import (
     Member,
     TruncatedArchiveError,
     UnsafeMemberError,
     read_members,
     starts_archive,
 )
-from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.files import sync
 from nemo_spin.watchdog import beat
 
 CONFIG = "model_config.yaml"

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint import interpolation
-from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.nemo1 import config as nemo1
@@ -16,6 +14,8 @@ from nemo_spin.model_io.stores.interface import WeightStore
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore
 from nemo_spin.model_io.stores.zarr import ZarrStore, is_zarr
 from nemo_spin.model_io.tokenizers import description as tokenizer_description
+from nemo_spin.model_io.untrusted import interpolation
+from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_yaml
 
 
 def is_nemo1_directory(path: Path) -> bool:

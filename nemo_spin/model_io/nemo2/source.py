@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nemo_spin.checkpoint.plain_data import PlainDataError, read_yaml
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.nemo2 import config as nemo2
 from nemo_spin.model_io.source import CheckpointSource, layout_in
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore
 from nemo_spin.model_io.tokenizers import description as tokenizer_description
+from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_yaml
 
 
 def is_nemo2_directory(path: Path) -> bool:

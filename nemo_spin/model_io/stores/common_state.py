@@ -14,9 +14,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint.inert_pickle import LARGEST, StandIn, load_inert, plain
-from nemo_spin.checkpoint.metadata_pickle import read_metadata
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.untrusted.inert_pickle import LARGEST, StandIn, load_inert, plain
+from nemo_spin.model_io.untrusted.metadata_pickle import read_metadata
 
 FILE = "common.pt"
 _KEY = "common_state"

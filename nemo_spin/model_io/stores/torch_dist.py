@@ -36,13 +36,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from nemo_spin.checkpoint.metadata_pickle import read_metadata
-from nemo_spin.checkpoint.plain_data import read_json
-from nemo_spin.checkpoint.torch_piece import check_piece
 from nemo_spin.errors import CheckpointError, UserError
 from nemo_spin.model_io.stores.extra_state import empty_extra_state, extra_state_keys
 from nemo_spin.model_io.stores.interface import LAYERS, Region, StoredTensor, WeightStore
 from nemo_spin.model_io.stores.stacked import StackedStore, check_volume
+from nemo_spin.model_io.untrusted.metadata_pickle import read_metadata
+from nemo_spin.model_io.untrusted.plain_data import read_json
+from nemo_spin.model_io.untrusted.torch_piece import check_piece
 
 _RESAVE = "re-save it as torch_dist (in NeMo 1 with dist_ckpt_format: torch_dist)"
 # Largest piece that is written at a time, in bytes.

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_spin.checkpoint.plain_data import read_json
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.nemo1.archive import MOST_EXPANSION
 from nemo_spin.model_io.stores.interface import Region, StoredTensor
 from nemo_spin.model_io.stores.stacked import StackedStore, check_volume
+from nemo_spin.model_io.untrusted.plain_data import read_json
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,

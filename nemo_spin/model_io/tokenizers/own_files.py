@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.checkpoint.plain_data import PlainDataError, read_json
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_json
 
 # What a tokenizer may consist of; other files beside it (weights, model cards) are not its own.
 PATTERNS = (

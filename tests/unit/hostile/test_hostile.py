@@ -27,7 +27,6 @@ from omegaconf import OmegaConf
 from stores import random_store, write_zarr
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from nemo_spin.checkpoint import tar_members
 from nemo_spin.cli.main import main
 from nemo_spin.errors import CheckpointError, DataError, UserError
 from nemo_spin.megatron.architecture import Architecture
@@ -39,6 +38,7 @@ from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dis
 from nemo_spin.model_io.tokenizers import build_tokenizer
 from nemo_spin.model_io.tokenizers.description import TokenizerDescription
 from nemo_spin.model_io.tokenizers.own_files import as_directory, read_own_files
+from nemo_spin.model_io.untrusted import tar_members
 
 ROOM = 2**31  # bytes that an attack may add to this process
 SECONDS = 300

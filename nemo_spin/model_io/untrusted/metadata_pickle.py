@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_spin.checkpoint.inert_pickle import LARGEST, StandIn, dtype_named, load_inert
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.untrusted.inert_pickle import LARGEST, StandIn, dtype_named, load_inert
 
 # An axis and a place in a file fit into 63 bits; a weight has four axes at most.
 _MOST_AXES = 16
