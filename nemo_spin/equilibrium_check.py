@@ -20,7 +20,7 @@ from nemo_spin.progress import Progress
 
 if TYPE_CHECKING:
     from nemo_spin.data.dataset import SFTDataset
-    from nemo_spin.reporting import Reporter
+    from nemo_spin.reporting.console import Reporter
     from nemo_spin.validation import Validation
 
 _ACCURACY = "val/rewards/accuracies"

@@ -21,7 +21,7 @@ from nemo_spin.errors import CheckpointError
 from nemo_spin.iteration_rollouts import Given, IterationRollouts
 from nemo_spin.megatron.sequences import Pair, Selection
 from nemo_spin.mixture import Mixture
-from nemo_spin.reporting import Reporter
+from nemo_spin.reporting.console import Reporter
 from nemo_spin.rollout_store import RolloutStore, Sample
 from nemo_spin.rollouts import Answer
 

@@ -19,7 +19,7 @@ from nemo_spin.config import SpinConfig
 from nemo_spin.faults import reached
 from nemo_spin.generation.schedule import MOST_SLOTS
 from nemo_spin.megatron.sequences import Example, Pair, Selection
-from nemo_spin.reporting import Reporter
+from nemo_spin.reporting.console import Reporter
 from nemo_spin.rollout_files.part import Origin
 from nemo_spin.rollout_store import RolloutStore, Sample
 from nemo_spin.rollouts import Answer, Rollout

@@ -15,7 +15,7 @@ from nemo_spin.guards import TREND_STEPS, GuardWarning, falling_chosen_warning, 
 from nemo_spin.megatron.sequences import Pair
 from nemo_spin.non_finite_report import advice, write_report
 from nemo_spin.progress import Progress
-from nemo_spin.reporting import Reporter
+from nemo_spin.reporting.console import Reporter
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

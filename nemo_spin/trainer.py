@@ -42,7 +42,7 @@ from nemo_spin.mixture import Mixture
 from nemo_spin.plan import Plan
 from nemo_spin.progress import Progress
 from nemo_spin.reference import name_of_checkpoint
-from nemo_spin.reporting import Reporter
+from nemo_spin.reporting.console import Reporter
 from nemo_spin.safeguards import Safeguards
 from nemo_spin.stopping import Stopping
 from nemo_spin.timing import Stopwatch

@@ -16,7 +16,7 @@ from nemo_spin.data.order import index_batches
 from nemo_spin.faults import reached
 from nemo_spin.iteration_rollouts import IterationRollouts
 from nemo_spin.megatron.sequences import Example
-from nemo_spin.reporting import Reporter
+from nemo_spin.reporting.console import Reporter
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

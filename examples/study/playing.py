@@ -13,7 +13,7 @@ import nemo_spin.cli.quiet  # noqa: F401
 from nemo_spin.config import SpinConfig, config_dir, parse_config
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.model import MegatronGPTSPINModel
-from nemo_spin.reporting import Reporter
+from nemo_spin.reporting.console import Reporter
 from nemo_spin.stopping import Stopping
 from nemo_spin.trainer import SPINTrainer
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_spin.checkpoint.manager import TrainingCheckpoints
 from nemo_spin.config import LOGGERS
 from nemo_spin.errors import ConfigError
-from nemo_spin.metrics_log import FILE_NAME, MetricsLog
+from nemo_spin.reporting.metrics_log import FILE_NAME, MetricsLog
 from nemo_spin.run_lock import was_begun_by_this_launch
 
 # Resuming, checkpoints and time are this package's own: exp_manager knows one file per checkpoint, not sharded ones.

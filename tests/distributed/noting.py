@@ -15,7 +15,7 @@ from nemo_spin import iteration_rollouts
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron.sequences import Pair
 from nemo_spin.model import MegatronGPTSPINModel
-from nemo_spin.reporting import Reporter
+from nemo_spin.reporting.console import Reporter
 from nemo_spin.rollout_files import part
 from nemo_spin.stopping import Stopping
 

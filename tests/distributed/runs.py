@@ -15,9 +15,9 @@ from toy import fill_deterministically
 
 from nemo_spin.config import config_dir, parse_config
 from nemo_spin.data.dataset import load_dataset
-from nemo_spin.metrics_log import FILE_NAME, MetricsLog
 from nemo_spin.model import MegatronGPTSPINModel
-from nemo_spin.reporting import Reporter
+from nemo_spin.reporting.console import Reporter
+from nemo_spin.reporting.metrics_log import FILE_NAME, MetricsLog
 from nemo_spin.stopping import Stopping
 from nemo_spin.trainer import SPINTrainer
 

@@ -17,7 +17,7 @@ from nemo_spin.config import LossConfig
 from nemo_spin.losses import LN_2, PAPER
 from nemo_spin.megatron import steps
 from nemo_spin.megatron.sequences import Example, Pair
-from nemo_spin.metrics_log import FILE_NAME
+from nemo_spin.reporting.metrics_log import FILE_NAME
 
 EVERYTHING = LossConfig("hinge", label_smoothing=0.1, sft_loss_weight=0.3, preference_average_log_probs=True)
 LOSSES = {
