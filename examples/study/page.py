@@ -11,7 +11,7 @@ from claims import claims
 from evidence import Study
 from plots import plots
 
-from nemo_spin.report.page import write_whole
+from nemo_spin.reporting.page.page import write_whole
 
 
 def write(study: Study, output: Path) -> None:
@@ -20,9 +20,9 @@ def write(study: Study, output: Path) -> None:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    import nemo_spin.report
+    import nemo_spin.reporting.page
 
-    theirs = Path(nemo_spin.report.__file__).parent
+    theirs = Path(nemo_spin.reporting.page.__file__).parent
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

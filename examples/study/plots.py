@@ -9,8 +9,8 @@ from typing import Any
 from evidence import SFT_MODEL, Study
 from tasks import C2ST, KL, NLL, Figure
 
-from nemo_spin.report.drawing import COLORS, layout, to_json
-from nemo_spin.report.drawing import Figure as Plot
+from nemo_spin.reporting.page.drawing import COLORS, layout, to_json
+from nemo_spin.reporting.page.drawing import Figure as Plot
 
 _COLORS = (*COLORS, "#c0504d", "#6b7a8a", "#b0a020", "#d472b0")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nemo_spin.report import write_report
+    from nemo_spin.reporting.page import write_report
 
     print(write_report(options.run_dir, options.output))
     return 0

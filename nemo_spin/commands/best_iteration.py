@@ -19,8 +19,8 @@ from nemo_spin.megatron.agreement import of_first
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore
 from nemo_spin.model_io.weights import load_weights
 from nemo_spin.progress import Progress
-from nemo_spin.report.history import read_history
 from nemo_spin.reporting.metrics_log import FILE_NAME
+from nemo_spin.reporting.page.history import read_history
 from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:

@@ -32,9 +32,9 @@ from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.model_io.export import check_expressible, export
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.tokenizers import check_tokenizer_fits, restore_tokenizer
-from nemo_spin.report import write_report
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.reporting.metrics_log import MetricsLog
+from nemo_spin.reporting.page import write_report
 from nemo_spin.stopping import Stopping
 from nemo_spin.trainer import SPINTrainer
 from nemo_spin.watchdog import Watchdog, beat, communication_timeout

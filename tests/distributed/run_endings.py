@@ -10,7 +10,7 @@ from killable import EXAMPLES, STEPS, KillableRun, Outcome
 from run_notes import every_example_once
 from torch import Tensor
 
-from nemo_spin.report.history import read_history
+from nemo_spin.reporting.page.history import read_history
 
 
 def differences(run: KillableRun, outcome: Outcome, peaceful: KillableRun, expected: Outcome) -> list[str]:

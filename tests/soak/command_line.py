@@ -29,7 +29,7 @@ from killable import TP2_PP2, KillableRun, make_inputs
 from torch import Tensor
 
 from nemo_spin.model_io.open import open_checkpoint
-from nemo_spin.report.history import read_history
+from nemo_spin.reporting.page.history import read_history
 
 REPO = Path(__file__).resolve().parents[2]
 _PATIENCE = 900.0

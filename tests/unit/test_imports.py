@@ -91,7 +91,7 @@ def test_the_story_knows_no_ranks() -> None:
         "import nemo_spin",
         "import nemo_spin.losses, nemo_spin.megatron.sequences, nemo_spin.config, nemo_spin.data",
         "import nemo_spin.cli.main",
-        "import nemo_spin.report",
+        "import nemo_spin.reporting.page",
     ],
 )
 def test_the_lower_floor_loads_neither_nemo_nor_megatron(statement: str) -> None:

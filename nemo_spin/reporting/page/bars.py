@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nemo_spin.report.drawing import COLORS, Figure, layout, to_json
-from nemo_spin.report.history import History
+from nemo_spin.reporting.page.drawing import COLORS, Figure, layout, to_json
+from nemo_spin.reporting.page.history import History
 
 _PATTERNS = ("", "/", ".", "x")
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from statistics import fmean, median
 
-from nemo_spin.report import guard_findings
-from nemo_spin.report.history import History
-from nemo_spin.report.run_directory import Run
+from nemo_spin.reporting.page import guard_findings
+from nemo_spin.reporting.page.history import History
+from nemo_spin.reporting.page.run_directory import Run
 
 FIRST_LOSS_TOLERANCE = 0.05  # first loss of an iteration: bf16 rounds long responses by less
 MIN_STEPS = 10  # an iteration with fewer training lines is not judged by its curves

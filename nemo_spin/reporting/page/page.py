@@ -11,11 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nemo_spin.errors import UserError
-from nemo_spin.report import tables
-from nemo_spin.report.figures import figures
-from nemo_spin.report.findings import Finding
-from nemo_spin.report.run_directory import Run
-from nemo_spin.report.samples import Sample
+from nemo_spin.reporting.page import tables
+from nemo_spin.reporting.page.figures import figures
+from nemo_spin.reporting.page.findings import Finding
+from nemo_spin.reporting.page.run_directory import Run
+from nemo_spin.reporting.page.samples import Sample
 
 FOLDED_FROM = 500  # characters of a response from which it is folded
 CUT_FROM = 20_000  # characters of a text that stand in the page

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from nemo_spin.report.run_directory import Run
+from nemo_spin.reporting.page.run_directory import Run
 
 CUT_OFF = 0.1  # share of responses
 EMPTY = 0.01

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_spin.report.findings import find
-from nemo_spin.report.page import render, write_whole
-from nemo_spin.report.run_directory import read_run
-from nemo_spin.report.samples import read_samples
+from nemo_spin.reporting.page.findings import find
+from nemo_spin.reporting.page.page import render, write_whole
+from nemo_spin.reporting.page.run_directory import read_run
+from nemo_spin.reporting.page.samples import read_samples
 
 __all__ = ["write_report"]
 

@@ -10,8 +10,8 @@ import pytest
 from fake_run import CONFIG, Line, make
 from test_page import figures_of, page_of, points_of, table_of, without_scripts
 
-from nemo_spin.report.findings import find
-from nemo_spin.report.run_directory import read_run
+from nemo_spin.reporting.page.findings import find
+from nemo_spin.reporting.page.run_directory import read_run
 
 REASON = "At equilibrium before iteration 2: accuracy 0.540 (at most 0.55)."
 

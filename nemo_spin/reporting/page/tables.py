@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Any
 
-from nemo_spin.report.figures import DRAWN
-from nemo_spin.report.run_directory import Run
+from nemo_spin.reporting.page.figures import DRAWN
+from nemo_spin.reporting.page.run_directory import Run
 
 # metric, title, format
 _COLUMNS = (

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from nemo_spin.errors import ConfigError, UserError
-from nemo_spin.report.history import History, Record, read_history
+from nemo_spin.reporting.page.history import History, Record, read_history
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from fake_run import Line, lines, make, row, write_lines, write_rollouts
 
 from nemo_spin.cli.main import main
 from nemo_spin.errors import UserError
-from nemo_spin.report import write_report
-from nemo_spin.report.drawing import to_json
-from nemo_spin.report.samples import COLUMNS
+from nemo_spin.reporting.page import write_report
+from nemo_spin.reporting.page.drawing import to_json
+from nemo_spin.reporting.page.samples import COLUMNS
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }} & \"quoted\" 'text'"
 
@@ -352,5 +352,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
 
 
 def test_the_report_is_light() -> None:
-    program = "import sys, nemo_spin.report; print({'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules))"
+    program = (
+        "import sys, nemo_spin.reporting.page; print({'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "set()"

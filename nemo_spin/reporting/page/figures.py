@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nemo_spin.report import bars, curves
-from nemo_spin.report.drawing import Figure
-from nemo_spin.report.run_directory import Run
+from nemo_spin.reporting.page import bars, curves
+from nemo_spin.reporting.page.drawing import Figure
+from nemo_spin.reporting.page.run_directory import Run
 
 _ORDER = (
     "loss margins rewards logps accuracies kl val_loss logps_gap equilibrium lengths finish_reasons quality "

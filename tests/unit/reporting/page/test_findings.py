@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from fake_run import LN_2, Line, each, make
 
-from nemo_spin.report.findings import find
-from nemo_spin.report.run_directory import read_run
+from nemo_spin.reporting.page.findings import find
+from nemo_spin.reporting.page.run_directory import read_run
 
-DOCS = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
+DOCS = Path(__file__).resolve().parents[4] / "docs" / "metrics.md"
 STEPS = 40
 Change = Callable[[list[Line]], Any]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from nemo_spin.report.drawing import COLORS, Figure, layout, to_json
-from nemo_spin.report.history import History, Series
-from nemo_spin.report.run_directory import Run
+from nemo_spin.reporting.page.drawing import COLORS, Figure, layout, to_json
+from nemo_spin.reporting.page.history import History, Series
+from nemo_spin.reporting.page.run_directory import Run
 
 MAX_POINTS = 2000  # of a curve in the page; a longer one keeps the extremes of every stretch
 SMOOTHED_FROM = 100  # points from which a curve is drawn as means, over its points in the background

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_spin.errors import DataError
-from nemo_spin.report.history import History, read_history
+from nemo_spin.reporting.page.history import History, read_history
 
 
 def line(kind: str, step: int, iteration: int = 0, **values: object) -> str:

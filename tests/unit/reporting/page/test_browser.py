@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_run import make
 
-from nemo_spin.report import write_report
+from nemo_spin.reporting.page import write_report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 OPTIONS = """
