@@ -27,7 +27,7 @@ from nemo_spin.checkpoint.run_state import RunState
 from nemo_spin.checkpoint.manager import TrainingCheckpoints
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.megatron import setup
-from nemo_spin.progress import Progress
+from nemo_spin.runtime.progress import Progress
 
 SIDES = {"in the background": True, "waiting": False}
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from nemo_spin.config import SpinConfig
 from nemo_spin.equilibrium import PREFIX, equilibrium_metrics, in_words, is_reached, reason
 from nemo_spin.iteration_rollouts import IterationRollouts
-from nemo_spin.megatron.agreement import of_first
 from nemo_spin.megatron.sequences import Pair
-from nemo_spin.progress import Progress
+from nemo_spin.runtime.collectives import of_first
+from nemo_spin.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from nemo_spin.data.dataset import SFTDataset

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_spin.config import SpinConfig
-from nemo_spin.faults import reached
 from nemo_spin.generation.schedule import MOST_SLOTS
 from nemo_spin.megatron.sequences import Example, Pair, Selection
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.rollout_files.part import Origin
 from nemo_spin.rollout_store import RolloutStore, Sample
 from nemo_spin.rollouts import Answer, Rollout
+from nemo_spin.runtime.kill_points import reached
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_spin.config.schema import LoopConfig
-from nemo_spin.progress import Progress
+from nemo_spin.runtime.progress import Progress
 
 
 class Plan:

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemo_spin.megatron.agreement import gathered, of_first
 from nemo_spin.model_io.fingerprint import fingerprint
 from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.runtime.collectives import gathered, of_first
 
 
 class Reference:

@@ -12,9 +12,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from nemo_spin.generation.interface import Engine, GenerationRequest, Response
-from nemo_spin.megatron.agreement import gathered
 from nemo_spin.megatron.sequences import Example, ResponseGroup
 from nemo_spin.megatron.steps import Batching, group_logps, response_logps
+from nemo_spin.runtime.collectives import gathered
 
 T = TypeVar("T")
 

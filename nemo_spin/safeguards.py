@@ -14,8 +14,8 @@ from nemo_spin.errors import UserError
 from nemo_spin.guards import TREND_STEPS, GuardWarning, falling_chosen_warning, rollout_warnings, trainable
 from nemo_spin.megatron.sequences import Pair
 from nemo_spin.non_finite_report import advice, write_report
-from nemo_spin.progress import Progress
 from nemo_spin.reporting.console import Reporter
+from nemo_spin.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

@@ -33,21 +33,21 @@ from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import index_batches
 from nemo_spin.equilibrium_check import EquilibriumCheck
-from nemo_spin.faults import reached
 from nemo_spin.identity import identity_of_run
 from nemo_spin.iteration_pairs import IterationPairs, PairId
 from nemo_spin.losses import check_policy_equals_reference
 from nemo_spin.megatron.sequences import Pair
 from nemo_spin.mixture import Mixture
 from nemo_spin.plan import Plan
-from nemo_spin.progress import Progress
 from nemo_spin.reference import name_of_checkpoint
 from nemo_spin.reporting.console import Reporter
+from nemo_spin.runtime.kill_points import reached
+from nemo_spin.runtime.progress import Progress
+from nemo_spin.runtime.stopping import Stopping
+from nemo_spin.runtime.timing import Stopwatch
+from nemo_spin.runtime.watchdog import beat
 from nemo_spin.safeguards import Safeguards
-from nemo_spin.stopping import Stopping
-from nemo_spin.timing import Stopwatch
 from nemo_spin.validation import Validation
-from nemo_spin.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

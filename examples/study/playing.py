@@ -14,11 +14,11 @@ from nemo_spin.config import SpinConfig, config_dir, parse_config
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting.console import Reporter
-from nemo_spin.stopping import Stopping
+from nemo_spin.runtime.stopping import Stopping
 from nemo_spin.trainer import SPINTrainer
 
 if TYPE_CHECKING:
-    from nemo_spin.progress import Progress
+    from nemo_spin.runtime.progress import Progress
 
 
 class Watcher(Reporter):

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_spin.checkpoint.channel import Channel
 from nemo_spin.checkpoint.manifest import Digest, digest_of
-from nemo_spin.faults import reached
 from nemo_spin.model_io.stores.sharded import ShardWriter
+from nemo_spin.runtime.kill_points import reached
 
 
 @dataclass(frozen=True)

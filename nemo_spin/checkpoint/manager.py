@@ -41,10 +41,10 @@ from nemo_spin.checkpoint.retries import Retries
 from nemo_spin.checkpoint.run_state import RunState, Stored, pointed_at, stored_in
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.errors import CheckpointError, UserError
-from nemo_spin.faults import reached
-from nemo_spin.megatron.agreement import everywhere, of_first, total
 from nemo_spin.model_io.files import GIB, missing_bytes
 from nemo_spin.model_io.stores.sharded import plan_shards
+from nemo_spin.runtime.collectives import everywhere, of_first, total
+from nemo_spin.runtime.kill_points import reached
 
 # After an error: how long the processes that are left wait for a checkpoint on its way.
 _SECONDS_AFTER_ERROR = 60.0

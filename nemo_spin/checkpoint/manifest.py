@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 import torch.distributed as dist
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.megatron.agreement import gathered, of_first
 from nemo_spin.model_io.files import write_json
-from nemo_spin.watchdog import beat
+from nemo_spin.runtime.collectives import gathered, of_first
+from nemo_spin.runtime.watchdog import beat
 
 FILE = "manifest.json"
 _SHA256 = re.compile("[0-9a-f]{64}")

@@ -17,9 +17,9 @@ from nemo_spin.checkpoint import manifest
 from nemo_spin.checkpoint.background import Outcome, Part
 from nemo_spin.checkpoint.retention import Retention
 from nemo_spin.checkpoint.run_state import RunState, stored_in, write_state
-from nemo_spin.faults import reached
 from nemo_spin.model_io.files import link_or_copy, sync
 from nemo_spin.model_io.stores.sharded import ShardWriter
+from nemo_spin.runtime.kill_points import reached
 
 _UNFINISHED, _REMOVED = ".unfinished-", ".removed-"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from nemo_spin.checkpoint.manifest import fault_of, read_manifest
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.files import write_json
-from nemo_spin.progress import Progress
+from nemo_spin.runtime.progress import Progress
 
 FILE = "state.json"
 FORMAT = 2

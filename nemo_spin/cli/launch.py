@@ -19,7 +19,7 @@ from signal import SIG_DFL, SIGINT, signal
 from nemo_spin.cli.processes import STARTED_HERE, run_distributed
 from nemo_spin.config.schema import ParallelConfig
 from nemo_spin.errors import EXIT_CODE, ConfigError, UserError, printable
-from nemo_spin.watchdog import LostPeerError, is_lost_peer
+from nemo_spin.runtime.watchdog import LostPeerError, is_lost_peer
 
 INTERRUPTED = 128 + 2  # what a shell reports of a process that Ctrl-C has ended
 

@@ -15,13 +15,13 @@ from nemo_spin.checkpoint.manager import faults_in
 from nemo_spin.checkpoint.run_state import Stored, stored_in
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.errors import UserError
-from nemo_spin.megatron.agreement import of_first
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore
 from nemo_spin.model_io.weights import load_weights
-from nemo_spin.progress import Progress
 from nemo_spin.reporting.metrics_log import FILE_NAME
 from nemo_spin.reporting.page.history import read_history
-from nemo_spin.watchdog import beat
+from nemo_spin.runtime.collectives import of_first
+from nemo_spin.runtime.progress import Progress
+from nemo_spin.runtime.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

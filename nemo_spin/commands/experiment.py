@@ -14,7 +14,7 @@ from nemo_spin.checkpoint.manager import TrainingCheckpoints
 from nemo_spin.config import LOGGERS
 from nemo_spin.errors import ConfigError
 from nemo_spin.reporting.metrics_log import FILE_NAME, MetricsLog
-from nemo_spin.run_lock import was_begun_by_this_launch
+from nemo_spin.runtime.run_lock import was_begun_by_this_launch
 
 # Resuming, checkpoints and time are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
 _OURS = (

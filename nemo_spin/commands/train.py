@@ -13,7 +13,6 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
-from nemo_spin import run_lock
 from nemo_spin.cli.launch import is_main
 from nemo_spin.commands import experiment
 from nemo_spin.commands.best_iteration import settle_on_best
@@ -22,10 +21,8 @@ from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, r
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, UserError
-from nemo_spin.faults import reached
 from nemo_spin.generation.choose import check_engine
 from nemo_spin.megatron import setup
-from nemo_spin.megatron.agreement import of_first
 from nemo_spin.megatron.architecture import check_layout
 from nemo_spin.megatron.gpt import DTYPES
 from nemo_spin.model import MegatronGPTSPINModel
@@ -35,9 +32,12 @@ from nemo_spin.model_io.tokenizers import check_tokenizer_fits, restore_tokenize
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.reporting.metrics_log import MetricsLog
 from nemo_spin.reporting.page import write_report
-from nemo_spin.stopping import Stopping
+from nemo_spin.runtime import run_lock
+from nemo_spin.runtime.collectives import of_first
+from nemo_spin.runtime.kill_points import reached
+from nemo_spin.runtime.stopping import Stopping
+from nemo_spin.runtime.watchdog import Watchdog, beat, communication_timeout
 from nemo_spin.trainer import SPINTrainer
-from nemo_spin.watchdog import Watchdog, beat, communication_timeout
 
 # To say what went wrong, and for loggers to send what they have.
 _SECONDS_TO_LEAVE = 60

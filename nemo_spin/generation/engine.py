@@ -32,7 +32,7 @@ from nemo_spin.generation.schedule import MOST_SLOTS, Schedule, Waiting, groups_
 from nemo_spin.generation.stages import Stage
 from nemo_spin.generation.vocabulary import VocabularyShard
 from nemo_spin.megatron.rotary import RotaryAngles
-from nemo_spin.watchdog import beat
+from nemo_spin.runtime.watchdog import beat
 
 if TYPE_CHECKING:
     from nemo_spin.config import SamplingParams

@@ -30,7 +30,7 @@ from nemo_spin.generation.mode import generating
 from nemo_spin.generation.rows import Row, Rules, finished_responses, response_of
 from nemo_spin.generation.sampling import Sampler, SeenTokens
 from nemo_spin.generation.schedule import MOST_SLOTS
-from nemo_spin.watchdog import beat
+from nemo_spin.runtime.watchdog import beat
 
 if TYPE_CHECKING:
     from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from nemo_spin.megatron.agreement import gathered
+from nemo_spin.runtime.collectives import gathered
 
 _LAYERS = "decoder.layers."
 

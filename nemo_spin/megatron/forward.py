@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_spin.megatron import gpt
 from nemo_spin.megatron.packing import ModelInput
-from nemo_spin.watchdog import beat
+from nemo_spin.runtime.watchdog import beat
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch.nn.utils import clip_grads_with_norm_
 
-from nemo_spin.megatron.agreement import everywhere
 from nemo_spin.megatron.finite import are_finite
 from nemo_spin.megatron.rmsprop import rmsprop
+from nemo_spin.runtime.collectives import everywhere
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer

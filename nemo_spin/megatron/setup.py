@@ -11,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from nemo_spin.errors import ConfigError
 from nemo_spin.megatron import cpu_backend
-from nemo_spin.megatron.rendezvous import rendezvous
+from nemo_spin.runtime.rendezvous import rendezvous
 
 # Processes that do not come at all are missed sooner than those that are long in coming back from their work.
 _SECONDS_TO_GATHER = 1800.0

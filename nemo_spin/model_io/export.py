@@ -18,7 +18,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from omegaconf import OmegaConf
 
 from nemo_spin.errors import CheckpointError, ConfigError
-from nemo_spin.faults import reached
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.files import sync
 from nemo_spin.model_io.huggingface.export import (
@@ -38,6 +37,7 @@ from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dis
 from nemo_spin.model_io.tokenizers import NeMoTokenizer
 from nemo_spin.model_io.untrusted import interpolation
 from nemo_spin.model_io.weights import save_weights
+from nemo_spin.runtime.kill_points import reached
 
 
 class Weights(Protocol):

@@ -12,11 +12,11 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.megatron.agreement import gathered
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.contradictions import check_against
 from nemo_spin.model_io.stores.interface import StoredTensor, WeightStore
 from nemo_spin.model_io.tokenizers.description import TokenizerDescription
+from nemo_spin.runtime.collectives import gathered
 
 
 @dataclass

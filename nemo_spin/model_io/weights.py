@@ -20,7 +20,7 @@ from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.stores.extra_state import extra_state_keys
 from nemo_spin.model_io.stores.interface import EMBEDDING, LAYERS, OUTPUT_LAYER, WeightStore
 from nemo_spin.model_io.stores.sharded import save_sharded
-from nemo_spin.watchdog import beat
+from nemo_spin.runtime.watchdog import beat
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from nemo_spin.guards import GuardWarning
-from nemo_spin.progress import Progress
 from nemo_spin.rollout_store import Sample
+from nemo_spin.runtime.progress import Progress
 
 FILE_NAME = "metrics.jsonl"
 

@@ -16,10 +16,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.faults import reached
 from nemo_spin.generation.interface import Response
 from nemo_spin.rollout_files.part import ForeignError, Origin, UnreadableError
 from nemo_spin.rollouts import Answer, Key
+from nemo_spin.runtime.kill_points import reached
 
 
 class Journal:

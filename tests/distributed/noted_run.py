@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from run_notes import Notes
 
-from nemo_spin import faults
+from nemo_spin.runtime import kill_points
 
 _IMPORTED_BY = os.getpid()
 # What a run does, for the notes: what is under way when a process is killed is the innermost of these.
@@ -38,7 +38,7 @@ _PHASES = (
 _notes: Notes | None = None
 # The response that the generator has just finished.
 _responding: dict[str, Any] = {}
-_really_reached = faults.reached
+_really_reached = kill_points.reached
 
 
 def _reached(point: str) -> None:
@@ -50,7 +50,7 @@ def _reached(point: str) -> None:
 
 
 # The package's modules, imported from here on, take the name from there.
-faults.reached = _reached
+kill_points.reached = _reached
 
 from megatron.core import parallel_state  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402

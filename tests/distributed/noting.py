@@ -17,7 +17,7 @@ from nemo_spin.megatron.sequences import Pair
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.rollout_files import part
-from nemo_spin.stopping import Stopping
+from nemo_spin.runtime.stopping import Stopping
 
 # 8 rollouts in a chunk of one data-parallel replica.
 SMALL_CHUNKS = {"model.spin.rollout_batch_size": 4}

@@ -18,7 +18,7 @@ from nemo_spin.data.dataset import load_dataset
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.reporting.metrics_log import FILE_NAME, MetricsLog
-from nemo_spin.stopping import Stopping
+from nemo_spin.runtime.stopping import Stopping
 from nemo_spin.trainer import SPINTrainer
 
 

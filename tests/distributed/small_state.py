@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from nemo_spin.checkpoint.manager import TrainingCheckpoints
 from nemo_spin.checkpoint.run_state import RunState
 from nemo_spin.config import CheckpointConfig
-from nemo_spin.progress import Progress
+from nemo_spin.runtime.progress import Progress
 
 IDENTITY = {"model.seed": 7}
 

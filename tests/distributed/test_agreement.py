@@ -9,12 +9,12 @@ import pytest
 import torch.distributed as dist
 
 from nemo_spin.errors import UserError
-from nemo_spin.megatron import agreement
+from nemo_spin.runtime import collectives
 
 
 def values_of_all() -> tuple[Any, ...]:
     rank = dist.get_rank()
-    return agreement.gathered(rank), agreement.from_first(rank), agreement.of_first(lambda: f"made by {rank}")
+    return collectives.gathered(rank), collectives.from_first(rank), collectives.of_first(lambda: f"made by {rank}")
 
 
 def test_all_processes_get_the_same(workers: Any) -> None:
@@ -38,7 +38,7 @@ def error_of_the_first() -> str:
         raise UserError(f"process {dist.get_rank()} cannot")
 
     with pytest.raises(UserError) as raised:
-        agreement.of_first(make)
+        collectives.of_first(make)
     return str(raised.value)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_spin.stopping import Stopping
+from nemo_spin.runtime.stopping import Stopping
 
 
 def stop_rank_3(store_path: str) -> dict[str, Any]:

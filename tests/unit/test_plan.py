@@ -8,7 +8,7 @@ import pytest
 
 from nemo_spin.config import EquilibriumConfig, LoopConfig
 from nemo_spin.plan import Plan
-from nemo_spin.progress import Progress
+from nemo_spin.runtime.progress import Progress
 
 LOOP = LoopConfig(
     max_iterations=3, max_epochs=(2, 2, 2), max_steps=-1, val_check_interval=0, save_interval=0,

@@ -28,7 +28,7 @@ from nemo_spin.model_io.huggingface.layout import (
     segments,
 )
 from nemo_spin.model_io.stores.interface import WeightStore
-from nemo_spin.watchdog import beat
+from nemo_spin.runtime.watchdog import beat
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -21,7 +21,7 @@ from nemo_spin.model_io.untrusted.tar_members import (
     read_members,
     starts_archive,
 )
-from nemo_spin.watchdog import beat
+from nemo_spin.runtime.watchdog import beat
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_spin.errors import UserError
-from nemo_spin.megatron.agreement import gathered, of_first
 from nemo_spin.model_io.stores.common_state import FILE as COMMON_FILE
+from nemo_spin.runtime.collectives import gathered, of_first
 
 T = TypeVar("T")
 # Until megatron-core 0.18 plain values are a file of their own, since then an object inside the shards.

@@ -13,7 +13,7 @@ from nemo_spin.checkpoint.retention import Retention
 from nemo_spin.checkpoint.retries import Retries
 from nemo_spin.checkpoint.run_state import RunState, Stored, read_state, write_state
 from nemo_spin.errors import CheckpointError
-from nemo_spin.progress import Progress
+from nemo_spin.runtime.progress import Progress
 
 
 def stored(step: int, loss: float | None = None, serial: int = 0, name: str = "", **changes: Any) -> Stored:

@@ -13,7 +13,7 @@ from nemo_spin.checkpoint.run_state import Stored
 from nemo_spin.commands.best_iteration import _sft_value, best_in_words, figures_of
 from nemo_spin.config import parse_config
 from nemo_spin.errors import ConfigError
-from nemo_spin.progress import Progress
+from nemo_spin.runtime.progress import Progress
 
 
 def stored(step: int, iteration: int, iteration_step: int = 0, monitor: str = "val_loss", **more: Any) -> Stored:

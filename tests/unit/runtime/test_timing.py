@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_spin.timing import Stopwatch, in_words
+from nemo_spin.runtime.timing import Stopwatch, in_words
 
 
 def test_activities_are_measured_apart() -> None:

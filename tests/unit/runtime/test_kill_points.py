@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-from nemo_spin.faults import reached
+from nemo_spin.runtime.kill_points import reached
 for step in range(3):
     reached("train/step")
     print(step, flush=True)

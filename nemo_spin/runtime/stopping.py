@@ -22,7 +22,7 @@ from megatron.core import parallel_state
 from tqdm import tqdm
 
 from nemo_spin.megatron.setup import device
-from nemo_spin.watchdog import is_lost_peer
+from nemo_spin.runtime.watchdog import is_lost_peer
 
 SIGNALS = (SIGTERM, SIGUSR1, SIGINT)
 # A launcher passes on what has reached the processes as well: that is one signal, not two.

@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_spin import run_lock
 from nemo_spin.commands import experiment
 from nemo_spin.errors import ConfigError, UserError
+from nemo_spin.runtime import run_lock
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from nemo_spin.run_lock import held
+from nemo_spin.runtime.run_lock import held
 with held(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(600)

@@ -13,10 +13,10 @@ from signal import SIGINT, SIGTERM, SIGUSR1
 
 import pytest
 
-from nemo_spin import stopping
-from nemo_spin.stopping import Stopping
+from nemo_spin.runtime import stopping
+from nemo_spin.runtime.stopping import Stopping
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def until(condition) -> None:

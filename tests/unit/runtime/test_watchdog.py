@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin import watchdog
-from nemo_spin.watchdog import LostPeerError, is_lost_peer, summary
+from nemo_spin.runtime import watchdog
+from nemo_spin.runtime.watchdog import LostPeerError, is_lost_peer, summary
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 # Three ranks. They wait for each other as GPUs do: in a call that does not notice when a peer is gone.
 SCRIPT = """
@@ -26,7 +26,7 @@ import torch, torch.distributed as dist
 from nemo_spin import watchdog
 from nemo_spin.errors import DataError
 from nemo_spin.cli.launch import guarded
-from nemo_spin.watchdog import Watchdog, beat
+from nemo_spin.runtime.watchdog import Watchdog, beat
 
 watchdog._SECONDS_TO_END = 0.5
 mode, rank = sys.argv[1], int(os.environ["RANK"])

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_spin.errors import EXIT_CODE as USER_ERROR
 from nemo_spin.errors import UserError, one_line
-from nemo_spin.where import position
+from nemo_spin.runtime.stack import position
 
 if TYPE_CHECKING:
     import torch.distributed as dist

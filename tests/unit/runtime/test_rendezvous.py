@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from nemo_spin.megatron.rendezvous import agreed_name
+from nemo_spin.runtime.rendezvous import agreed_name
 
 SOON = timedelta(seconds=60)
 
