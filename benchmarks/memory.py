@@ -64,7 +64,7 @@ def measure(step: str, threads: int) -> dict[str, int]:
     import workload
 
     from nemo_spin.megatron import setup, steps
-    from nemo_spin.reference import Reference
+    from nemo_spin.selfplay.reference import Reference
     from nemo_spin.rollouts import roll_out
 
     torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "MegatronGPTSPINModel": "nemo_spin.model",
     "SPINTrainer": "nemo_spin.trainer",
-    "spin_loss": "nemo_spin.losses",
+    "spin_loss": "nemo_spin.selfplay.losses",
 }
 __all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
 

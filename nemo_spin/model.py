@@ -22,10 +22,8 @@ from nemo_spin.errors import UserError
 from nemo_spin.generation.choose import make_engine
 from nemo_spin.generation.end_strings import ends_with_any
 from nemo_spin.generation.interface import Engine
-from nemo_spin.guards import trainable
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.architecture import Architecture, check_layout
-from nemo_spin.megatron.diagnosis import Diagnosis, diagnose
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.sequences import Example, Pair
@@ -43,8 +41,10 @@ from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer
 from nemo_spin.model_io.tokenizers.description import from_nemo1
 from nemo_spin.model_io.weights import load_weights
-from nemo_spin.reference import Reference
 from nemo_spin.rollouts import Answer, Rollout, roll_out, score
+from nemo_spin.selfplay.diagnosis import Diagnosis, diagnose
+from nemo_spin.selfplay.guards import trainable
+from nemo_spin.selfplay.reference import Reference
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
     nemo_common.ALLOWED_TARGET_PREFIXES.append("nemo_spin.")

@@ -8,7 +8,7 @@
         reference = policy
 
 From the second iteration on an epoch has the pairs of earlier iterations as well, with log-probabilities of the present
-reference (`mixture.py`, `iteration_pairs.py`), as in the paper's experiments.
+reference (`selfplay/replay.py`, `selfplay/iteration_pairs.py`), as in the paper's experiments.
 
 Where it departs from the paper and from earlier implementations:
 - All responses of an iteration, and both reference log-probabilities, are made before its first step, while policy and
@@ -32,22 +32,22 @@ from nemo_spin.checkpoint.run_state import RunState
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import index_batches
-from nemo_spin.equilibrium_check import EquilibriumCheck
-from nemo_spin.identity import identity_of_run
-from nemo_spin.iteration_pairs import IterationPairs, PairId
-from nemo_spin.losses import check_policy_equals_reference
 from nemo_spin.megatron.sequences import Pair
-from nemo_spin.mixture import Mixture
-from nemo_spin.plan import Plan
-from nemo_spin.reference import name_of_checkpoint
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.runtime.kill_points import reached
 from nemo_spin.runtime.progress import Progress
 from nemo_spin.runtime.stopping import Stopping
 from nemo_spin.runtime.timing import Stopwatch
 from nemo_spin.runtime.watchdog import beat
-from nemo_spin.safeguards import Safeguards
-from nemo_spin.validation import Validation
+from nemo_spin.selfplay.equilibrium_check import EquilibriumCheck
+from nemo_spin.selfplay.identity import identity_of_run
+from nemo_spin.selfplay.iteration_pairs import IterationPairs, PairId
+from nemo_spin.selfplay.losses import check_policy_equals_reference
+from nemo_spin.selfplay.plan import Plan
+from nemo_spin.selfplay.reference import name_of_checkpoint
+from nemo_spin.selfplay.replay import Mixture
+from nemo_spin.selfplay.safeguards import Safeguards
+from nemo_spin.selfplay.validation import Validation
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

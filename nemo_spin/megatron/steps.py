@@ -18,7 +18,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from nemo_spin.config import LossConfig
-from nemo_spin.losses import PAPER
 from nemo_spin.megatron import forward, packing
 from nemo_spin.megatron.forward import MicroBatch
 from nemo_spin.megatron.gpt import have_transformer_engine
@@ -26,7 +25,8 @@ from nemo_spin.megatron.micro_batches import Size, cut, share_out
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.packing import ModelInput
 from nemo_spin.megatron.sequences import Example, Pair, ResponseGroup
-from nemo_spin.megatron.spin_objective import PairRows, spin_micro_batch, spin_objective
+from nemo_spin.selfplay.losses import PAPER
+from nemo_spin.selfplay.spin_objective import PairRows, spin_micro_batch, spin_objective
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_spin.config import SpinConfig
-from nemo_spin.guards import GuardWarning
 from nemo_spin.reporting.metrics_log import MetricsLog
 from nemo_spin.rollout_store import Sample
 from nemo_spin.runtime.progress import Progress
 from nemo_spin.runtime.timing import in_words
+from nemo_spin.selfplay.guards import GuardWarning
 
 _TABLE = [
     ("after", "{}", None),

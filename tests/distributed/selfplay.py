@@ -10,13 +10,13 @@ from toy import fill_deterministically, sharded_tensors, toy_architecture
 
 from nemo_spin.config import LossConfig, OptimConfig, RecomputeConfig, SamplingParams, SchedConfig
 from nemo_spin.generation.engine import Generator
-from nemo_spin.losses import PAPER
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.sequences import Example, Pair
-from nemo_spin.reference import Reference
 from nemo_spin.rollouts import Rollout, roll_out
+from nemo_spin.selfplay.losses import PAPER
+from nemo_spin.selfplay.reference import Reference
 
 STOP = 7
 BETA = 0.5

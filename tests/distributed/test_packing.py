@@ -9,11 +9,11 @@ import pytest
 import torch
 from selfplay import BETA, SelfPlay
 
-from nemo_spin.losses import PAPER
 from nemo_spin.megatron import logprobs, steps
 from nemo_spin.megatron.packing import packed
 from nemo_spin.megatron.sequences import Example, Pair, ResponseGroup
-from nemo_spin.megatron.spin_objective import spin_objective
+from nemo_spin.selfplay.losses import PAPER
+from nemo_spin.selfplay.spin_objective import spin_objective
 
 # The toy with learned positions, LayerNorm, biases and tied embeddings.
 GPT2 = {

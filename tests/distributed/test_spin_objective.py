@@ -14,10 +14,10 @@ from selfplay import SelfPlay, relative_distance, whole_weights
 from toy import to_transformers
 
 from nemo_spin.config import LossConfig
-from nemo_spin.losses import LN_2, PAPER
 from nemo_spin.megatron import steps
 from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.reporting.metrics_log import FILE_NAME
+from nemo_spin.selfplay.losses import LN_2, PAPER
 
 EVERYTHING = LossConfig("hinge", label_smoothing=0.1, sft_loss_weight=0.3, preference_average_log_probs=True)
 LOSSES = {

@@ -10,8 +10,8 @@ import torch
 from selfplay import BETA, SelfPlay, as_pairs, examples, relative_distance, whole_weights
 from toy import to_transformers
 
-from nemo_spin.losses import LN_2
 from nemo_spin.megatron import steps
+from nemo_spin.selfplay.losses import LN_2
 
 # ---------------------------------------------------------------------------------------- against fp64
 

@@ -89,7 +89,7 @@ def test_the_story_knows_no_ranks() -> None:
     "statement",
     [
         "import nemo_spin",
-        "import nemo_spin.losses, nemo_spin.megatron.sequences, nemo_spin.config, nemo_spin.data",
+        "import nemo_spin.selfplay.losses, nemo_spin.megatron.sequences, nemo_spin.config, nemo_spin.data",
         "import nemo_spin.cli.main",
         "import nemo_spin.reporting.page",
     ],

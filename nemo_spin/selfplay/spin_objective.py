@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from nemo_spin.config import LossConfig
-from nemo_spin.losses import sft_loss, spin_loss, spin_metrics
 from nemo_spin.megatron.forward import MicroBatch, Objective
 from nemo_spin.megatron.micro_batches import by_example, merged
 from nemo_spin.megatron.packing import ModelInput, Share, gather_rows, response_order
 from nemo_spin.megatron.sequences import Pair, ResponseGroup
+from nemo_spin.selfplay.losses import sft_loss, spin_loss, spin_metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from typing import Any
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError
-from nemo_spin.megatron.diagnosis import Diagnosis
 from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.runtime.collectives import of_first
 from nemo_spin.runtime.progress import Progress
+from nemo_spin.selfplay.diagnosis import Diagnosis
 
 
 def write_report(

@@ -12,16 +12,16 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from nemo_spin.config import SpinConfig
-from nemo_spin.equilibrium import PREFIX, equilibrium_metrics, in_words, is_reached, reason
 from nemo_spin.iteration_rollouts import IterationRollouts
 from nemo_spin.megatron.sequences import Pair
 from nemo_spin.runtime.collectives import of_first
 from nemo_spin.runtime.progress import Progress
+from nemo_spin.selfplay.equilibrium import PREFIX, equilibrium_metrics, in_words, is_reached, reason
 
 if TYPE_CHECKING:
     from nemo_spin.data.dataset import SFTDataset
     from nemo_spin.reporting.console import Reporter
-    from nemo_spin.validation import Validation
+    from nemo_spin.selfplay.validation import Validation
 
 _ACCURACY = "val/rewards/accuracies"
 # More training pairs than these make the figures no better, and take seconds to count.

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from nemo_spin.errors import UserError
-from nemo_spin.losses import LN_2, PAPER, check_policy_equals_reference, rewards, sft_loss, spin_loss, spin_metrics
+from nemo_spin.selfplay.losses import (
+    LN_2,
+    PAPER,
+    check_policy_equals_reference,
+    rewards,
+    sft_loss,
+    spin_loss,
+    spin_metrics,
+)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from nemo_spin.config import EquilibriumConfig, LoopConfig
-from nemo_spin.plan import Plan
 from nemo_spin.runtime.progress import Progress
+from nemo_spin.selfplay.plan import Plan
 
 LOOP = LoopConfig(
     max_iterations=3, max_epochs=(2, 2, 2), max_steps=-1, val_check_interval=0, save_interval=0,

@@ -20,10 +20,10 @@ from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.errors import CheckpointError
 from nemo_spin.iteration_rollouts import Given, IterationRollouts
 from nemo_spin.megatron.sequences import Pair, Selection
-from nemo_spin.mixture import Mixture
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.rollout_store import RolloutStore, Sample
 from nemo_spin.rollouts import Answer
+from nemo_spin.selfplay.replay import Mixture
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from nemo_spin.data.load_report import LoadReport
-from nemo_spin.megatron.diagnosis import Diagnosis, ResponseLogps
 from nemo_spin.megatron.sequences import Example, Pair
-from nemo_spin.non_finite_report import advice, places
+from nemo_spin.selfplay.diagnosis import Diagnosis, ResponseLogps
+from nemo_spin.selfplay.non_finite import advice, places
 
 FINE, BAD = ResponseLogps(-3.0, ()), ResponseLogps(math.nan, (2,))
 

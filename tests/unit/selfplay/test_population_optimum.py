@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_spin.losses import spin_loss
+from nemo_spin.selfplay.losses import spin_loss
 
 RESPONSES = 12
 

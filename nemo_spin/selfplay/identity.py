@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
-from nemo_spin.plan import Plan
+from nemo_spin.selfplay.plan import Plan
 
 
 def identity_of_run(cfg: SpinConfig, dataset: SFTDataset, plan: Plan, iteration: int) -> dict[str, int | str]:

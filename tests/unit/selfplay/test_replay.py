@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_spin.data.order import Share, epoch_order
-from nemo_spin.mixture import Mixture
+from nemo_spin.selfplay.replay import Mixture
 
 MIXTURE = Mixture(
     shares=(Share(20, 1.0),),
