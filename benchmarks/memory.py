@@ -65,7 +65,7 @@ def measure(step: str, threads: int) -> dict[str, int]:
 
     from nemo_spin.megatron import setup, steps
     from nemo_spin.selfplay.reference import Reference
-    from nemo_spin.rollouts import roll_out
+    from nemo_spin.selfplay.rollouts.roll_out import roll_out
 
     torch.set_num_threads(threads)
     setup.initialize(1, 1, seed=1)

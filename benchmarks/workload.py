@@ -16,7 +16,7 @@ from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.megatron.steps import Batching
-from nemo_spin.rollouts import Rollout
+from nemo_spin.selfplay.rollouts.roll_out import Rollout
 
 VOCAB_SIZE = 4096
 SHAPE = Shape(layers=8, hidden=256, heads=8, groups=4, head_dim=32, ffn=704, vocab=VOCAB_SIZE)

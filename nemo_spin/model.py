@@ -41,10 +41,10 @@ from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer
 from nemo_spin.model_io.tokenizers.description import from_nemo1
 from nemo_spin.model_io.weights import load_weights
-from nemo_spin.rollouts import Answer, Rollout, roll_out, score
 from nemo_spin.selfplay.diagnosis import Diagnosis, diagnose
 from nemo_spin.selfplay.guards import trainable
 from nemo_spin.selfplay.reference import Reference
+from nemo_spin.selfplay.rollouts.roll_out import Answer, Rollout, roll_out, score
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
     nemo_common.ALLOWED_TARGET_PREFIXES.append("nemo_spin.")

@@ -33,7 +33,7 @@ from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.reporting.console import Reporter
-from nemo_spin.rollouts import Answer as GivenAnswer
+from nemo_spin.selfplay.rollouts.roll_out import Answer as GivenAnswer
 from nemo_spin.trainer import SPINTrainer
 
 _MODEL = Path(sys.argv[1])

@@ -28,7 +28,7 @@ from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.model_io.fingerprint import fingerprint
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.tokenizers import check_tokenizer_fits, restore_tokenizer
-from nemo_spin.rollouts import sequence_logps
+from nemo_spin.selfplay.rollouts.roll_out import sequence_logps
 
 # A chunk is generated, then scored, then written. In its end slots run empty; all of it is lost when the process ends.
 _SLOTS_FILLED_PER_CHUNK = 8

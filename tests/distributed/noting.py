@@ -11,13 +11,13 @@ from unittest import mock
 import torch
 from runs import InterruptedRunError, training_run
 
-from nemo_spin import iteration_rollouts
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron.sequences import Pair
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting.console import Reporter
-from nemo_spin.rollout_files import part
 from nemo_spin.runtime.stopping import Stopping
+from nemo_spin.selfplay.rollouts import iteration as iteration_rollouts
+from nemo_spin.selfplay.rollouts import part
 
 # 8 rollouts in a chunk of one data-parallel replica.
 SMALL_CHUNKS = {"model.spin.rollout_batch_size": 4}

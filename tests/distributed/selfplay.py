@@ -14,9 +14,9 @@ from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.sequences import Example, Pair
-from nemo_spin.rollouts import Rollout, roll_out
 from nemo_spin.selfplay.losses import PAPER
 from nemo_spin.selfplay.reference import Reference
+from nemo_spin.selfplay.rollouts.roll_out import Rollout, roll_out
 
 STOP = 7
 BETA = 0.5

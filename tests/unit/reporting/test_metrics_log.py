@@ -13,9 +13,9 @@ import pytest
 
 from nemo_spin.reporting import metrics_log
 from nemo_spin.reporting.metrics_log import MetricsLog
-from nemo_spin.rollout_store import Sample
 from nemo_spin.runtime.progress import Progress
 from nemo_spin.selfplay.guards import GuardWarning
+from nemo_spin.selfplay.rollouts.store import Sample
 
 SAMPLES = [Sample(7, "2 + 2?", "4", "five\nor six", "length")]
 

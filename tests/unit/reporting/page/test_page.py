@@ -256,7 +256,7 @@ def test_rollouts_in_windows_are_found_by_their_index(tmp_path: Path) -> None:
 
 
 def test_the_columns_are_those_that_training_writes() -> None:
-    from nemo_spin.rollout_files.part import SCHEMA
+    from nemo_spin.selfplay.rollouts.part import SCHEMA
 
     assert set(COLUMNS) <= set(SCHEMA.names) and set(row(0, 0)) == set(SCHEMA.names)
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from nemo_spin.generation.interface import Response
-from nemo_spin.rollout_files import journal as journals
-from nemo_spin.rollout_files import part as parts
-from nemo_spin.rollout_files.directory import RolloutDirectory
-from nemo_spin.rollout_files.journal import Journal, read_journal
-from nemo_spin.rollout_files.part import ForeignError, Origin, UnreadableError, read_part, write_part
-from nemo_spin.rollouts import Rollout
+from nemo_spin.selfplay.rollouts import journal as journals
+from nemo_spin.selfplay.rollouts import part as parts
+from nemo_spin.selfplay.rollouts.directory import RolloutDirectory
+from nemo_spin.selfplay.rollouts.journal import Journal, read_journal
+from nemo_spin.selfplay.rollouts.part import ForeignError, Origin, UnreadableError, read_part, write_part
+from nemo_spin.selfplay.rollouts.roll_out import Rollout
 
 ORIGIN = Origin("weights-1", "settings-1")
 FULL = OSError(errno.ENOSPC, "No space left on device")

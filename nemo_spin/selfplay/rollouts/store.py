@@ -14,11 +14,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_spin.megatron.sequences import Example, Pair, Selection
-from nemo_spin.rollout_files.directory import Found, RolloutDirectory
-from nemo_spin.rollout_files.journal import Journal
-from nemo_spin.rollout_files.part import Origin, origin_of
-from nemo_spin.rollouts import Answer, Key, Rollout
 from nemo_spin.runtime.collectives import from_first, of_first
+from nemo_spin.selfplay.rollouts.directory import Found, RolloutDirectory
+from nemo_spin.selfplay.rollouts.journal import Journal
+from nemo_spin.selfplay.rollouts.part import Origin, origin_of
+from nemo_spin.selfplay.rollouts.roll_out import Answer, Key, Rollout
 
 # A response of at least this many tokens counts as repeated when less than half of its runs of four tokens differ.
 _REPEATED_FROM_TOKENS = 16

@@ -19,10 +19,10 @@ from nemo_spin.config import SpinConfig
 from nemo_spin.generation.schedule import MOST_SLOTS
 from nemo_spin.megatron.sequences import Example, Pair, Selection
 from nemo_spin.reporting.console import Reporter
-from nemo_spin.rollout_files.part import Origin
-from nemo_spin.rollout_store import RolloutStore, Sample
-from nemo_spin.rollouts import Answer, Rollout
 from nemo_spin.runtime.kill_points import reached
+from nemo_spin.selfplay.rollouts.part import Origin
+from nemo_spin.selfplay.rollouts.roll_out import Answer, Rollout
+from nemo_spin.selfplay.rollouts.store import RolloutStore, Sample
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nemo_spin.rollouts import Rollout
+from nemo_spin.selfplay.rollouts.roll_out import Rollout
 
 SCHEMA = pa.schema(
     [

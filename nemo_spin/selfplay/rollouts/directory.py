@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from nemo_spin.rollout_files.journal import read_journal
-from nemo_spin.rollout_files.part import ForeignError, Origin, Part, UnreadableError, read_part, write_part
-from nemo_spin.rollouts import Answer, Key, Rollout
+from nemo_spin.selfplay.rollouts.journal import read_journal
+from nemo_spin.selfplay.rollouts.part import ForeignError, Origin, Part, UnreadableError, read_part, write_part
+from nemo_spin.selfplay.rollouts.roll_out import Answer, Key, Rollout
 
 T = TypeVar("T")
 

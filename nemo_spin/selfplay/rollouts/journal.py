@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.generation.interface import Response
-from nemo_spin.rollout_files.part import ForeignError, Origin, UnreadableError
-from nemo_spin.rollouts import Answer, Key
 from nemo_spin.runtime.kill_points import reached
+from nemo_spin.selfplay.rollouts.part import ForeignError, Origin, UnreadableError
+from nemo_spin.selfplay.rollouts.roll_out import Answer, Key
 
 
 class Journal:
