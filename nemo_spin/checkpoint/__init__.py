@@ -1,1 +1,1 @@
-"""Reading NeMo 1 and NeMo 2 checkpoints, writing `.nemo` archives, saving and resuming runs."""
+"""What a run resumes from: when to save, the files, their checksums, and finding the newest whole one."""

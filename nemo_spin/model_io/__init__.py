@@ -1,0 +1,1 @@
+"""Models in and out: checkpoint families, their weight stores, and tokenizers."""

@@ -1,0 +1,1 @@
+"""Processes: collectives, watchdog, stopping, locks, progress."""

@@ -1,0 +1,1 @@
+"""SPIN's own parts: losses, pairs, replay, schedule, reference, equilibrium, guards, rollouts."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "checkpoint"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "model_io"))
 
 from harness import Workers
 

@@ -54,7 +54,7 @@ STEPS, EXAMPLES = 12, 24
 
 @dataclass(frozen=True)
 class At:
-    """Where to kill: at a named point (`runtime/kill_points.py`), when it is reached for the `times`-th time in a start.
+    """Where to kill: at a named point (`runtime/kill_points.py`), when it is reached the `times`-th time in a start.
 
     rank: the victim; None for every process that gets there.
     """

@@ -1,0 +1,1 @@
+"""What becomes of NeMo-Aligner's keys."""

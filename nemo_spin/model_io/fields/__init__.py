@@ -1,0 +1,1 @@
+"""Configuration fields that several families share."""

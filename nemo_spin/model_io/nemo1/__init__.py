@@ -1,0 +1,1 @@
+"""NeMo 1: `.nemo` archives and unpacked directories."""

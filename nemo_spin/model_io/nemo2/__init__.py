@@ -1,0 +1,1 @@
+"""NeMo 2: directories with `context/`."""

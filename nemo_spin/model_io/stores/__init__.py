@@ -1,0 +1,1 @@
+"""How weights are stored: torch_dist, zarr and safetensors, behind one interface."""

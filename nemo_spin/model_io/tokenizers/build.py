@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.source import CheckpointSource
 from nemo_spin.model_io.tokenizers import huggingface, sentencepiece, tiktoken
 from nemo_spin.model_io.tokenizers.base import NeMoTokenizer
 from nemo_spin.model_io.tokenizers.description import HF_FILES, OVERRIDE_HINT, TokenizerDescription, override
@@ -39,7 +38,17 @@ def build_tokenizer(description: TokenizerDescription | None, places: Sequence[P
     return _BUILDERS[description.library](description, local_path(description, places))
 
 
-def restore_tokenizer(source: CheckpointSource, overriding: Mapping[str, Any] | None) -> NeMoTokenizer:
+class DescribesTokenizer(Protocol):
+    """What restoring a tokenizer asks of a checkpoint; see `CheckpointSource`."""
+
+    @property
+    def tokenizer(self) -> TokenizerDescription | None: ...
+
+    @property
+    def places(self) -> Sequence[Path]: ...
+
+
+def restore_tokenizer(source: DescribesTokenizer, overriding: Mapping[str, Any] | None) -> NeMoTokenizer:
     """The tokenizer that `model.tokenizer` {library, type, model} names, else the checkpoint's own."""
     chosen = overriding and override(*(overriding.get(key) for key in ("library", "type", "model")))
     # An archive's own configuration names files inside the archive.

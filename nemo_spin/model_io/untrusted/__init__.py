@@ -1,0 +1,1 @@
+"""Readers of strangers' files: nothing that they name is imported or run."""

@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "checkpoint")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "model_io")]
