@@ -64,14 +64,16 @@ def measure(step: str, threads: int) -> dict[str, int]:
     import workload
 
     from nemo_spin.megatron import setup, steps
+    from nemo_spin.selfplay.pairs import group_of_example
     from nemo_spin.selfplay.reference import Reference
     from nemo_spin.selfplay.rollouts.roll_out import roll_out
+    from nemo_spin.selfplay.step import spin_step
 
     torch.set_num_threads(threads)
     setup.initialize(1, 1, seed=1)
     gpt, optimizer = workload.policy(steps=10)
     # Adam's moments exist after the first step.
-    steps.sft_step(optimizer, workload.examples(1), workload.batching(1))
+    steps.sft_step(optimizer, [group_of_example(e) for e in workload.examples(1)], workload.batching(1))
     forget_peak()
     before = resident("VmRSS")
 
@@ -88,11 +90,15 @@ def measure(step: str, threads: int) -> dict[str, int]:
         pairs = workload.as_pairs(data, rollouts)[:pairs_per_step]
 
         def run() -> object:
-            return steps.spin_step(optimizer, pairs, 0.1, workload.batching(pairs_per_step))
+            return spin_step(optimizer, pairs, 0.1, workload.batching(pairs_per_step))
     else:
 
         def run() -> object:
-            return steps.sft_step(optimizer, data[: workload.SEQUENCES], workload.batching(workload.SEQUENCES))
+            return steps.sft_step(
+                optimizer,
+                [group_of_example(e) for e in data[: workload.SEQUENCES]],
+                workload.batching(workload.SEQUENCES),
+            )
 
     forget_peak()
     run()

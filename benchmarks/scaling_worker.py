@@ -12,6 +12,7 @@ from pathlib import Path
 
 # isort: split
 import nemo_spin.cli.quiet  # noqa: F401
+from nemo_spin.selfplay.step import spin_step
 
 # isort: split
 import machine
@@ -23,10 +24,10 @@ from megatron.core import parallel_state
 
 from nemo_spin.config import OptimConfig, SchedConfig
 from nemo_spin.generation.interface import GenerationRequest
-from nemo_spin.megatron import setup, steps
+from nemo_spin.megatron import setup
 from nemo_spin.megatron.gpt import DTYPES, build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.megatron.sequences import Pair
+from nemo_spin.selfplay.pairs import Pair
 
 # name -> layers, hidden, heads, query groups, ffn. "nothing" is for what a layer costs before it computes anything.
 SIZES = {
@@ -68,7 +69,7 @@ class Measured:
         data = pairs()
 
         def step() -> None:
-            steps.spin_step(self.optimizer, data, 0.1, workload.batching(MICRO_BATCH))
+            spin_step(self.optimizer, data, 0.1, workload.batching(MICRO_BATCH))
 
         return machine.seconds_of(step, times=1)
 

@@ -23,16 +23,17 @@ from importlib.metadata import version
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import nemo_spin.cli.quiet  # noqa: F401, I001
-
 import memory
 import torch
 import workload
 from transformers import LlamaForCausalLM
 
+import nemo_spin.cli.quiet  # noqa: F401
+from nemo_spin.data.example import Example
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.megatron.sequences import Example, Pair
+from nemo_spin.selfplay.pairs import Pair, group_of_example
+from nemo_spin.selfplay.step import spin_step
 
 MIB = 2**20
 WIDTH = 64
@@ -121,7 +122,9 @@ def training(optimizer: Optimizer, llama: LlamaForCausalLM, rounds: int) -> Line
     theirs = TransformersTraining(llama, examples)
 
     def ours() -> float:
-        return steps.sft_step(optimizer, examples, workload.batching(workload.SEQUENCES))["loss"]
+        return steps.sft_step(
+            optimizer, [group_of_example(e) for e in examples], workload.batching(workload.SEQUENCES)
+        )["loss"]
 
     first, second = ours(), theirs.step()
     if abs(first - second) > 1e-4 * second:
@@ -139,10 +142,10 @@ def self_play(optimizer: Optimizer, rounds: int) -> Line:
     tokens = sum(len(example.prompt_ids) + len(example.response_ids) for example in examples)
 
     def spin() -> object:
-        return steps.spin_step(optimizer, pairs, 0.1, workload.batching(len(pairs)))
+        return spin_step(optimizer, pairs, 0.1, workload.batching(len(pairs)))
 
     def sft() -> object:
-        return steps.sft_step(optimizer, examples, workload.batching(len(examples)))
+        return steps.sft_step(optimizer, [group_of_example(e) for e in examples], workload.batching(len(examples)))
 
     return rates("SPIN step, against our SFT step on the same tokens", tokens, spin, sft, rounds, bar=None)
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_spin.config import OptimConfig, SamplingParams, SchedConfig
+from nemo_spin.data.example import Example
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.megatron.steps import Batching
+from nemo_spin.selfplay.pairs import Pair
 from nemo_spin.selfplay.rollouts.roll_out import Rollout
 
 VOCAB_SIZE = 4096

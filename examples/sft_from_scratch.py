@@ -90,6 +90,7 @@ def main() -> None:
     from nemo_spin.megatron import setup, steps
     from nemo_spin.megatron.optimizer import Optimizer
     from nemo_spin.model import MegatronGPTSPINModel
+    from nemo_spin.selfplay.pairs import group_of_example
 
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = train_tokenizer([args.train, args.validation], args.vocab_size, Path(directory))
@@ -108,9 +109,9 @@ def main() -> None:
         order = epoch_order(len(train), args.seed, 0, epoch, shuffle=True)
         with tqdm(batches(train, order, args.batch_size), total=per_epoch, desc=f"SFT epoch {epoch}") as bar:
             for batch in bar:
-                metrics = steps.sft_step(optimizer, batch, batching)
+                metrics = steps.sft_step(optimizer, [group_of_example(e) for e in batch], batching)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-        nll, tokens = steps.sft_nll(model.gpt, list(validation), batching)
+        nll, tokens = steps.sft_nll(model.gpt, [group_of_example(e) for e in validation], batching)
         print(f"after epoch {epoch}: validation NLL {nll / tokens:.4f} nats per token")
     model.save_to(args.output)
     print(f"Saved {args.output}")

@@ -18,6 +18,7 @@ from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
+from nemo_spin.data.example import Example
 from nemo_spin.errors import UserError
 from nemo_spin.generation.choose import make_engine
 from nemo_spin.generation.end_strings import ends_with_any
@@ -26,7 +27,6 @@ from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.architecture import Architecture, check_layout
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.megatron.steps import Batching
 from nemo_spin.model_io.export import Content, LiveWeights
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1
@@ -41,10 +41,11 @@ from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer
 from nemo_spin.model_io.tokenizers.description import from_nemo1
 from nemo_spin.model_io.weights import load_weights
-from nemo_spin.selfplay.diagnosis import Diagnosis, diagnose
-from nemo_spin.selfplay.guards import trainable
+from nemo_spin.selfplay.non_finite import Diagnosis, diagnose
+from nemo_spin.selfplay.pairs import Pair, group_of_example, trainable
 from nemo_spin.selfplay.reference import Reference
 from nemo_spin.selfplay.rollouts.roll_out import Answer, Rollout, roll_out, score
+from nemo_spin.selfplay.step import spin_metrics_of, spin_step
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
     nemo_common.ALLOWED_TARGET_PREFIXES.append("nemo_spin.")
@@ -198,7 +199,7 @@ class MegatronGPTSPINModel(ModelPT):
 
     def train_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
         """One optimizer step on the `trainable` pairs of a global batch; their metrics, as `spin_step` says them."""
-        metrics = steps.spin_step(self.optimizer, trainable(pairs), beta, self._train_batching, self._loss)
+        metrics = spin_step(self.optimizer, trainable(pairs), beta, self._train_batching, self._loss)
         if not metrics["skipped"]:
             self.reference.policy_moved()
         return metrics
@@ -209,11 +210,11 @@ class MegatronGPTSPINModel(ModelPT):
 
     def validation_step(self, examples: Sequence[Example]) -> tuple[float, int]:  # type: ignore[override]
         """(summed NLL in nats, number) of the response tokens of a global batch."""
-        return steps.sft_nll(self.gpt, examples, self._train_batching)
+        return steps.sft_nll(self.gpt, [group_of_example(e) for e in examples], self._train_batching)
 
     def spin_validation_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
         """SPIN's metrics of a global batch of held-out pairs, summed over them."""
-        return steps.spin_metrics_of(self.gpt, pairs, beta, self._train_batching, self._loss)
+        return spin_metrics_of(self.gpt, pairs, beta, self._train_batching, self._loss)
 
     def peak_memory(self) -> int:
         """Bytes: the most that this process has held so far, on the GPU, or resident on the CPU."""

@@ -32,7 +32,6 @@ from nemo_spin.checkpoint.run_state import RunState
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.data.order import index_batches
-from nemo_spin.megatron.sequences import Pair
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.runtime.kill_points import reached
 from nemo_spin.runtime.progress import Progress
@@ -43,6 +42,7 @@ from nemo_spin.selfplay.equilibrium_check import EquilibriumCheck
 from nemo_spin.selfplay.identity import identity_of_run
 from nemo_spin.selfplay.iteration_pairs import IterationPairs, PairId
 from nemo_spin.selfplay.losses import check_policy_equals_reference
+from nemo_spin.selfplay.pairs import Pair
 from nemo_spin.selfplay.plan import Plan
 from nemo_spin.selfplay.reference import name_of_checkpoint
 from nemo_spin.selfplay.replay import Mixture

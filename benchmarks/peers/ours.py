@@ -31,7 +31,8 @@ from nemo_spin.config import config_dir, parse_config, register_resolvers
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
-from nemo_spin.megatron.sequences import Example, Pair
+from nemo_spin.selfplay.pairs import Pair
+from nemo_spin.data.example import Example
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.selfplay.rollouts.roll_out import Answer as GivenAnswer
 from nemo_spin.trainer import SPINTrainer

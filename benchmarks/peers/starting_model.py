@@ -14,8 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import nemo_spin.cli.quiet  # noqa: F401, I001
-
 import torch
 import workload as base
 import workloads
@@ -23,14 +21,16 @@ from llama import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nemo_spin.model_io.tokenizers.description import from_path
+import nemo_spin.cli.quiet  # noqa: F401
 from nemo_spin.config import OptimConfig, SchedConfig
-from nemo_spin.model_io.export import Content, LiveWeights, export
+from nemo_spin.data.example import Example
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.megatron.sequences import Example
+from nemo_spin.model_io.export import Content, LiveWeights, export
 from nemo_spin.model_io.tokenizers import build_tokenizer
+from nemo_spin.model_io.tokenizers.description import from_path
+from nemo_spin.selfplay.pairs import group_of_example
 
 STEPS, BATCH, LEARNING_RATE = 160, 16, 2e-3
 SPECIAL = {workloads.PAD_ID: "<pad>", workloads.EOS_ID: "<eos>"}
@@ -72,7 +72,7 @@ def make(directory: Path) -> None:
     optimizer.start(LEARNING_RATE, STEPS)
     batching = steps.Batching(workloads.VOCAB_SIZE, workloads.PAD_ID, BATCH)
     for step in range(STEPS):
-        metrics = steps.sft_step(optimizer, batch(step), batching)
+        metrics = steps.sft_step(optimizer, [group_of_example(e) for e in batch(step)], batching)
         if step % 20 == 0 or step == STEPS - 1:
             print(f"step {step}: loss {metrics['loss']:.3f}", file=sys.stderr, flush=True)
     words = directory.with_name(f"{directory.name}-tokenizer")

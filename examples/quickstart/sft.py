@@ -64,6 +64,7 @@ def fine_tune(
     from nemo_spin.data.order import batches, epoch_order, num_batches
     from nemo_spin.megatron.optimizer import Optimizer
     from nemo_spin.megatron.steps import sft_step
+    from nemo_spin.selfplay.pairs import group_of_example
 
     sched = SchedConfig("CosineAnnealing", warmup_steps=warmup_steps, constant_steps=0, min_lr=0.0)
     optim = OptimConfig("adam", (lr,), weight_decay=0.01, betas=(0.9, 0.98), eps=1e-8, sched=sched)
@@ -74,7 +75,7 @@ def fine_tune(
         for epoch in range(-(-steps // per_epoch)):
             order = epoch_order(len(data), seed, 0, epoch, shuffle=True)
             for batch in batches(data, order, BATCH_SIZE, limit_batches=min(per_epoch, steps - bar.n)):
-                metrics = sft_step(optimizer, batch, model.batching(BATCH_SIZE))
+                metrics = sft_step(optimizer, [group_of_example(e) for e in batch], model.batching(BATCH_SIZE))
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
                 bar.update()
 

@@ -11,8 +11,8 @@ from tasks import Task
 
 if TYPE_CHECKING:
     from nemo_spin import MegatronGPTSPINModel
+    from nemo_spin.data.example import Example
     from nemo_spin.generation.interface import Response
-    from nemo_spin.megatron.sequences import Example
 
 
 class Meter:
@@ -28,11 +28,12 @@ class Meter:
 
     def measure(self, model: MegatronGPTSPINModel) -> dict[str, float]:
         from nemo_spin.megatron.steps import sft_nll
+        from nemo_spin.selfplay.pairs import group_of_example
 
         examples, stop_ids = self._read(model)
         sampled = self._answers(model, examples, stop_ids, greedy=False)
         likeliest = self._answers(model, examples, stop_ids, greedy=True)
-        nll, tokens = sft_nll(model.gpt, examples, model.batching(64))
+        nll, tokens = sft_nll(model.gpt, [group_of_example(e) for e in examples], model.batching(64))
         figures = self.task.judge(self._texts(model, sampled, stop_ids), self.records)
         greedy = self.task.judge(self._texts(model, likeliest, stop_ids), self.records)
         return (

@@ -103,6 +103,7 @@ class FineTuning:
         """So many steps with a schedule of their own, over as many epochs as they take."""
         from nemo_spin.data.order import batches, epoch_order, num_batches
         from nemo_spin.megatron.steps import sft_step
+        from nemo_spin.selfplay.pairs import group_of_example
 
         self.optimizer.start(lr, total_steps=steps)
         size = self.settings.batch_size
@@ -110,6 +111,6 @@ class FineTuning:
             order = epoch_order(len(self.dataset), self.seed, 0, self.epoch, shuffle=True)
             now = min(steps, num_batches(len(self.dataset), size))
             for batch in batches(self.dataset, order, size, limit_batches=now):
-                sft_step(self.optimizer, batch, self.model.batching(size))
+                sft_step(self.optimizer, [group_of_example(e) for e in batch], self.model.batching(size))
             steps -= now
             self.epoch += 1

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from nemo_spin.cli.options import add_record_options, record_options
-from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
+from nemo_spin.config.dataset import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
 from nemo_spin.errors import ConfigError
 
 

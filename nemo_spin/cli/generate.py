@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from nemo_spin.cli.options import add_model_options, add_record_options, record_options, run_in_parallel
-from nemo_spin.data.options import ON_BAD_RECORD
+from nemo_spin.config.dataset import ON_BAD_RECORD
 from nemo_spin.errors import ConfigError
 
 # Least values; those of sampling are checked as a configuration's are.

@@ -95,11 +95,6 @@ def _print_error(sentence: str) -> None:
     print("error: " + " ".join(sentence.splitlines()), file=sys.stderr, flush=True)
 
 
-def is_main() -> bool:
-    """Whether this is the first of the run's processes, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     """Give a process that srun started the variables that torch.distributed reads, unless it has them."""
     in_step = {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"} <= environment.keys()

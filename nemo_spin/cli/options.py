@@ -60,8 +60,8 @@ def record_options(options: argparse.Namespace) -> dict[str, Any]:
 def _chat_prompt_tokens(assignments: list[str]) -> Any:
     from dataclasses import fields
 
+    from nemo_spin.config.dataset import ChatPromptTokens
     from nemo_spin.config.prompt_template import unescape
-    from nemo_spin.data.conversations import ChatPromptTokens
 
     names = [part.name for part in fields(ChatPromptTokens)]
     tokens = {}

@@ -14,7 +14,6 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from nemo_spin.cli.launch import is_main
 from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError, UserError
@@ -22,6 +21,7 @@ from nemo_spin.megatron import setup
 from nemo_spin.megatron.steps import response_logps
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.model_io.open import open_checkpoint
+from nemo_spin.runtime.collectives import is_main
 
 # Lines that are sorted by length together and held in memory.
 _CHUNK = 4096

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import DictConfig, open_dict
 
-from nemo_spin.cli.launch import is_main
 from nemo_spin.commands import experiment
 from nemo_spin.commands.best_iteration import settle_on_best
 from nemo_spin.commands.memory_estimate import MemoryEstimate, check_fits, estimate
@@ -33,7 +32,7 @@ from nemo_spin.reporting.console import Reporter
 from nemo_spin.reporting.metrics_log import MetricsLog
 from nemo_spin.reporting.page import write_report
 from nemo_spin.runtime import run_lock
-from nemo_spin.runtime.collectives import of_first
+from nemo_spin.runtime.collectives import is_main, of_first
 from nemo_spin.runtime.kill_points import reached
 from nemo_spin.runtime.stopping import Stopping
 from nemo_spin.runtime.watchdog import Watchdog, beat, communication_timeout

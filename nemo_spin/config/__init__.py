@@ -9,6 +9,7 @@ Everything that can be refused without opening a file is refused by `parse_confi
 from __future__ import annotations
 
 from nemo_spin.config.algorithm import AlgorithmConfig, GuardsConfig, LengthParams, LossConfig, SamplingParams
+from nemo_spin.config.dataset import DatasetConfig, TokenizerConfig
 from nemo_spin.config.files import config_dir
 from nemo_spin.config.overrides import addable_overrides, check_overrides, with_shipped_configurations
 from nemo_spin.config.parse import LOGGERS, parse_config, register_resolvers, resolved, with_defaults
@@ -16,7 +17,6 @@ from nemo_spin.config.parse_algorithm import parse_sampling
 from nemo_spin.config.review import notices
 from nemo_spin.config.schema import (
     CheckpointConfig,
-    DatasetConfig,
     EquilibriumConfig,
     LoopConfig,
     OptimConfig,
@@ -24,7 +24,6 @@ from nemo_spin.config.schema import (
     RecomputeConfig,
     SchedConfig,
     SpinConfig,
-    TokenizerConfig,
 )
 
 __all__ = [

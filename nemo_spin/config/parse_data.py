@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from nemo_spin.config.dataset import (
+    ON_BAD_RECORD,
+    OVERLONG,
+    TRUNCATION_METHODS,
+    ChatPromptTokens,
+    DatasetConfig,
+    TokenizerConfig,
+)
 from nemo_spin.config.prompt_template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE, check_template, check_truncation_field
-from nemo_spin.config.schema import DatasetConfig, TokenizerConfig
 from nemo_spin.config.values import Section
-from nemo_spin.data.conversations import ChatPromptTokens
-from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
 from nemo_spin.errors import ConfigError, MissingKeyError
 
 

@@ -6,7 +6,6 @@ The same semantics as NeMo's GPTSFTDataset, so that a model meets the token ids 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_spin.errors import ConfigError
@@ -86,16 +85,3 @@ def check_truncation_field(names: str, template: str, label_key: str) -> frozens
                 f"{', '.join(context) or 'those that prompt_template has before the label'}"
             )
     return fields
-
-
-def fill_template(parts: tuple[Part, ...], values: Mapping[str, str], space_sensitive: bool) -> list[str]:
-    """The strings to tokenize, one per part, the label last.
-
-    Values lose the spaces around them; the spaces before a placeholder belong to its string. A tokenizer that is not
-    space-sensitive puts a space before every string itself, so that one leading space of each part is dropped.
-    """
-    strings = []
-    for part in parts:
-        text = part.text if space_sensitive else part.text.removeprefix(" ")
-        strings.append(text if part.key is None else text + values[part.key].strip(" "))
-    return strings

@@ -12,36 +12,17 @@ conditioned on it; TEXT_TO_VALUE puts it after the turn, where it is what the mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from reprlib import repr as shortened
 from typing import Any
 
+from nemo_spin.config.dataset import ChatPromptTokens
 from nemo_spin.data.tokenizer import TextTokenizer, encode_in_two
 from nemo_spin.data.values import answer_of, kind_of, text_of
-from nemo_spin.errors import ConfigError, DataError
+from nemo_spin.errors import DataError
 
 _TYPES = (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE")
-
-
-@dataclass(frozen=True, slots=True)
-class ChatPromptTokens:
-    """The texts between the parts of a conversation, with NeMo's defaults.
-
-    turn_start: has to be a single token, because a response ends with it.
-    """
-
-    system_turn_start: str = "<extra_id_0>"
-    turn_start: str = "<extra_id_1>"
-    label_start: str = "<extra_id_2>"
-    end_of_turn: str = "\n"
-    end_of_name: str = "\n"
-
-    def __post_init__(self) -> None:
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if not isinstance(value, str) or not value:
-                raise ConfigError(f"chat_prompt_tokens.{part.name} is {value!r}: use a text that is not empty")
 
 
 @dataclass(frozen=True, slots=True)

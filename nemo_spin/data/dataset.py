@@ -13,18 +13,17 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from nemo_spin.config.dataset import ON_BAD_RECORD, OVERLONG, ChatPromptTokens
 from nemo_spin.config.prompt_template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE
 from nemo_spin.data.cache import UnusableEntryError, key_of, open_or_make
-from nemo_spin.data.conversations import ChatPromptTokens
 from nemo_spin.data.encoder import RecordEncoder
+from nemo_spin.data.example import Example
 from nemo_spin.data.load_report import LoadReport
-from nemo_spin.data.options import ON_BAD_RECORD, OVERLONG
 from nemo_spin.data.order import Share
 from nemo_spin.data.records import identity_of, place_of, read_records
 from nemo_spin.data.store import ExampleStore, ExampleWriter
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, DataError
-from nemo_spin.megatron.sequences import Example
 
 # Part of every cache entry's name: to be raised when the same record may become other tokens than before.
 _VERSION = 1

@@ -16,10 +16,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_spin.config.dataset import TRUNCATION_METHODS, ChatPromptTokens
 from nemo_spin.config.prompt_template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE
 from nemo_spin.data.chat import ChatFormat
-from nemo_spin.data.conversations import ChatPromptTokens, ConversationFormat
-from nemo_spin.data.options import TRUNCATION_METHODS
+from nemo_spin.data.conversations import ConversationFormat
 from nemo_spin.data.template_records import TemplateFormat
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.data.values import ids_of, text_of

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nemo_spin.data.example import Example
 from nemo_spin.errors import ConfigError
-from nemo_spin.megatron.sequences import Example
 
 
 class Examples(Protocol):

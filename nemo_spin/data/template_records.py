@@ -3,11 +3,11 @@ a record is too long and the user wants it so, cut in the fields that may be cut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from reprlib import repr as shortened
 from typing import Any
 
-from nemo_spin.config.prompt_template import check_truncation_field, fill_template, parse_template
+from nemo_spin.config.prompt_template import Part, check_truncation_field, parse_template
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.data.values import answer_of, text_of
 from nemo_spin.errors import ConfigError, DataError
@@ -103,3 +103,16 @@ def shares_of(excess: int, lengths: Sequence[int]) -> list[int]:
     for i, length in enumerate(lengths):
         shares[i] += min(length - shares[i], excess - sum(shares))
     return shares
+
+
+def fill_template(parts: tuple[Part, ...], values: Mapping[str, str], space_sensitive: bool) -> list[str]:
+    """The strings to tokenize, one per part, the label last.
+
+    Values lose the spaces around them; the spaces before a placeholder belong to its string. A tokenizer that is not
+    space-sensitive puts a space before every string itself, so that one leading space of each part is dropped.
+    """
+    strings = []
+    for part in parts:
+        text = part.text if space_sensitive else part.text.removeprefix(" ")
+        strings.append(text if part.key is None else text + values[part.key].strip(" "))
+    return strings

@@ -27,7 +27,7 @@ from nemo_spin.megatron.layers import CausalAttention, Norm, PackedRows
 from nemo_spin.megatron.logprobs import target_logps
 from nemo_spin.megatron.packing import ModelInput, Targets
 from nemo_spin.megatron.rotary import RotaryAngles
-from nemo_spin.megatron.setup import device
+from nemo_spin.runtime.collectives import device
 
 if TYPE_CHECKING:
     from nemo_spin.config import RecomputeConfig

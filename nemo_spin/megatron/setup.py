@@ -19,11 +19,6 @@ _SECONDS_TO_GATHER = 1800.0
 _store: dist.Store | None = None
 
 
-def device() -> torch.device:
-    """The device of this process."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def initialize(
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,

@@ -1,8 +1,8 @@
-"""One optimizer step, and the forward passes beside it: SPIN, SFT, and the log-probabilities of responses.
+"""Passes over global batches of response groups: gradients, SFT steps, and log-probabilities of responses.
 
-A global batch is a list that every process holds. Each data-parallel rank takes its share; the loss is averaged over
-the pairs (SPIN) or tokens (SFT) of the whole global batch, so that the micro-batch size, the number of data-parallel
-ranks and the padding of an incomplete batch change nothing.
+A global batch is a list that every process holds. Each data-parallel rank takes its share; losses are averaged over
+the whole global batch, so that the micro-batch size, the number of data-parallel ranks and the padding of an incomplete
+batch change nothing. `selfplay/step.py` builds SPIN's step from the same parts.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from nemo_spin.config import LossConfig
 from nemo_spin.megatron import forward, packing
-from nemo_spin.megatron.forward import MicroBatch
+from nemo_spin.megatron.forward import MicroBatch, Objective
 from nemo_spin.megatron.gpt import have_transformer_engine
 from nemo_spin.megatron.micro_batches import Size, cut, share_out
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.packing import ModelInput
-from nemo_spin.megatron.sequences import Example, Pair, ResponseGroup
-from nemo_spin.selfplay.losses import PAPER
-from nemo_spin.selfplay.spin_objective import PairRows, spin_micro_batch, spin_objective
+from nemo_spin.megatron.sequences import ResponseGroup
 
 T = TypeVar("T")
 
@@ -75,7 +72,7 @@ class Batching:
         return packing.packed(groups, self.pad_id, self.multiple_of, share_prompts=not have_transformer_engine())
 
 
-def _own_share(
+def own_share(
     groups: Sequence[ResponseGroup], batching: Batching, examples: Sequence[int] | None = None
 ) -> list[tuple[list[int], float]]:
     """This data-parallel rank's micro-batches of a global batch: numbers of the items, and the weight of each item.
@@ -88,108 +85,77 @@ def _own_share(
     return [(numbers or [shortest], float(bool(numbers))) for numbers in own]
 
 
-def _total(values: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
+def gradient_scale() -> int:
+    """Undoes the average over data-parallel ranks: losses are already divided by what the global batch holds."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def backward(
+    optimizer: Optimizer, micro_batches: list[MicroBatch], objective: Objective, vocab_size: int
+) -> dict[str, float]:
+    """Leave the gradients of a global batch in the model. Returns the sums of the objective's values, on every rank."""
+    optimizer.model.train()
+    optimizer.zero_grad()
+    return _totals(
+        optimizer.model, forward.run(optimizer.model, micro_batches, objective, vocab_size, forward_only=False)
+    )
+
+
+@torch.no_grad()
+def evaluate(gpt: GPTModel, micro_batches: list[MicroBatch], objective: Objective, vocab_size: int) -> dict[str, float]:
+    """The sums of the objective's values over a global batch, on every rank, without gradients."""
+    gpt.eval()
+    return _totals(gpt, forward.run(gpt, micro_batches, objective, vocab_size, forward_only=True))
+
+
+def _totals(model: torch.nn.Module, values: Sequence[dict[str, Tensor]]) -> dict[str, float]:
     """Sums over this rank's micro-batches and over data-parallel ranks, in fp64."""
     names = list(values[0])
-    sums = torch.stack([torch.stack([value[name].double() for value in values]).sum() for name in names]).to(device)
+    sums = torch.stack([torch.stack([value[name].double() for value in values]).sum() for name in names])
+    sums = sums.to(next(model.parameters()).device)
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     return dict(zip(names, sums.tolist(), strict=True))
 
 
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _gradient_scale() -> int:
-    """Undoes the average over data-parallel ranks: our losses are already divided by what the global batch holds."""
-    return parallel_state.get_data_parallel_world_size()
-
-
-def spin_step(
-    optimizer: Optimizer, pairs: Sequence[Pair], beta: float, batching: Batching, loss: LossConfig = PAPER
-) -> dict[str, float]:
-    """One optimizer step on a global batch of pairs. Returns the metrics of the batch, the same on every rank.
-
-    `loss`, `kl` and every `rewards/*` and `logps/*` is the mean over pairs; `tokens/chosen` and `tokens/rejected` the
-    mean number of response tokens; with an SFT term `spin_loss` and `sft_loss` are the parts of `loss`, the latter
-    without its weight; `grad_norm` is taken before clipping; `lr` is the learning rate of this step; `skipped` is 1
-    where loss or gradient were not finite, and nothing was updated, else 0.
-    """
-    objective = spin_objective(beta, loss, _gradient_scale() / len(pairs))
-    totals = _train(optimizer, _spin_micro_batches(pairs, batching), objective, batching.vocab_size)
-    means = {name: value / len(pairs) for name, value in totals.items()}
-    return means | optimizer.step(means["loss"]).metrics()
-
-
-@torch.no_grad()
-def spin_metrics_of(
-    gpt: GPTModel, pairs: Sequence[Pair], beta: float, batching: Batching, loss: LossConfig = PAPER
-) -> dict[str, float]:
-    """The metrics of `spin_step` for a global batch, summed over its pairs, without a step; on every rank."""
-    gpt.eval()
-    objective = spin_objective(beta, loss, _gradient_scale() / len(pairs))
-    micro_batches = _spin_micro_batches(pairs, batching)
-    values = forward.run(gpt, micro_batches, objective, batching.vocab_size, forward_only=True)
-    return _total(values, _device(gpt))
-
-
-def _spin_micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[PairRows]]:
-    """The responses of a pair go through the model together, and so do pairs of one example as far as they can."""
-    groups = [ResponseGroup.of_pair(pair) for pair in pairs]
-    numbers: dict[Example, int] = {}
-    examples = [numbers.setdefault(pair.example, len(numbers)) for pair in pairs]
-    return [
-        spin_micro_batch(pairs, groups, own, examples, weight, batching.collate)
-        for own, weight in _own_share(groups, batching, examples)
-    ]
-
-
-def sft_step(optimizer: Optimizer, examples: Sequence[Example], batching: Batching) -> dict[str, float]:
+def sft_step(optimizer: Optimizer, groups: Sequence[ResponseGroup], batching: Batching) -> dict[str, float]:
     """One optimizer step of supervised fine-tuning: the mean NLL over the response tokens of a global batch.
 
-    Returns `loss`, and `grad_norm`, `lr` and `skipped` as in `spin_step`.
+    groups: each with one response. Returns `loss` in nats per token, and what `Optimizer.step` says.
     """
-    tokens = sum(len(example.response_ids) for example in examples)
-
-    def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor):
-        weights = micro_batch.context.to(per_token_logps.device, non_blocking=True)
-        nll = -(per_token_logps.sum(-1) * weights).sum()
-        return nll * (_gradient_scale() / tokens), {"loss": nll.detach()}
-
-    totals = _train(optimizer, _sft_micro_batches(examples, batching), objective, batching.vocab_size)
-    loss = totals["loss"] / tokens
+    tokens = _response_tokens(groups)
+    objective = _nll(gradient_scale() / tokens)
+    totals = backward(optimizer, _sft_micro_batches(groups, batching), objective, batching.vocab_size)
+    loss = totals["nll"] / tokens
     return {"loss": loss} | optimizer.step(loss).metrics()
 
 
-def _train(
-    optimizer: Optimizer, micro_batches: list[MicroBatch], objective: forward.Objective, vocab_size: int
-) -> dict[str, float]:
-    optimizer.model.train()
-    optimizer.zero_grad()
-    values = forward.run(optimizer.model, micro_batches, objective, vocab_size, forward_only=False)
-    return _total(values, _device(optimizer.model))
+def sft_nll(gpt: GPTModel, groups: Sequence[ResponseGroup], batching: Batching) -> tuple[float, int]:
+    """The summed NLL of the response tokens of a global batch, in nats, and their number; on every rank.
+
+    groups: each with one response.
+    """
+    totals = evaluate(gpt, _sft_micro_batches(groups, batching), _nll(1.0), batching.vocab_size)
+    return totals["nll"], _response_tokens(groups)
 
 
-def _sft_micro_batches(examples: Sequence[Example], batching: Batching) -> list[MicroBatch[Tensor]]:
-    groups = [ResponseGroup.of_example(example) for example in examples]
+def _nll(scale: float) -> Objective:
+    def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = micro_batch.context.to(per_token_logps.device, non_blocking=True)
+        nll = -(per_token_logps.sum(-1) * weights).sum()
+        return nll * scale, {"nll": nll.detach()}
+
+    return objective
+
+
+def _response_tokens(groups: Sequence[ResponseGroup]) -> int:
+    return sum(len(response) for group in groups for response in group.responses)
+
+
+def _sft_micro_batches(groups: Sequence[ResponseGroup], batching: Batching) -> list[MicroBatch[Tensor]]:
     return [
         MicroBatch(batching.collate([groups[i] for i in numbers]), torch.full((len(numbers),), weight))
-        for numbers, weight in _own_share(groups, batching)
+        for numbers, weight in own_share(groups, batching)
     ]
-
-
-@torch.no_grad()
-def sft_nll(gpt: GPTModel, examples: Sequence[Example], batching: Batching) -> tuple[float, int]:
-    """The summed NLL of the response tokens of a global batch, in nats, and their number; on every rank."""
-
-    def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor):
-        nll = -(per_token_logps.sum(-1) * micro_batch.context.to(per_token_logps.device)).sum()
-        return nll, {"nll": nll}
-
-    gpt.eval()
-    micro_batches = _sft_micro_batches(examples, batching)
-    values = forward.run(gpt, micro_batches, objective, batching.vocab_size, forward_only=True)
-    return _total(values, _device(gpt))["nll"], sum(len(example.response_ids) for example in examples)
 
 
 @torch.no_grad()

@@ -13,11 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from nemo_spin.config import SpinConfig
+from nemo_spin.reporting.events import GuardWarning, Sample
 from nemo_spin.reporting.metrics_log import MetricsLog
 from nemo_spin.runtime.progress import Progress
 from nemo_spin.runtime.timing import in_words
-from nemo_spin.selfplay.guards import GuardWarning
-from nemo_spin.selfplay.rollouts.store import Sample
 
 _TABLE = [
     ("after", "{}", None),

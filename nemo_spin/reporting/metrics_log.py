@@ -21,9 +21,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from nemo_spin.reporting.events import GuardWarning, Sample
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.guards import GuardWarning
-from nemo_spin.selfplay.rollouts.store import Sample
 
 FILE_NAME = "metrics.jsonl"
 

@@ -9,13 +9,12 @@ wait awake, and every later operation of the run takes a third longer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-from nemo_spin.megatron.setup import device
 
 T = TypeVar("T")
 
@@ -64,3 +63,13 @@ def total(number: int) -> int:
     number_of_all = torch.tensor([number], dtype=torch.int64, device=device())
     dist.all_reduce(number_of_all)
     return int(number_of_all)
+
+
+def is_main() -> bool:
+    """Whether this is the first of the run's processes, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from nemo_spin.megatron.setup import device
+from nemo_spin.runtime.collectives import device
 from nemo_spin.runtime.watchdog import is_lost_peer
 
 SIGNALS = (SIGTERM, SIGUSR1, SIGINT)

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from nemo_spin.config import EquilibriumConfig
-from nemo_spin.megatron.sequences import Pair
+from nemo_spin.selfplay.pairs import Pair
 
 PREFIX = "equilibrium/"
 

@@ -12,10 +12,10 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from nemo_spin.config import SpinConfig
-from nemo_spin.megatron.sequences import Pair
 from nemo_spin.runtime.collectives import of_first
 from nemo_spin.runtime.progress import Progress
 from nemo_spin.selfplay.equilibrium import PREFIX, equilibrium_metrics, in_words, is_reached, reason
+from nemo_spin.selfplay.pairs import Pair
 from nemo_spin.selfplay.rollouts.iteration import IterationRollouts
 
 if TYPE_CHECKING:

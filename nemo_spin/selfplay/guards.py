@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from nemo_spin.config import GuardsConfig
-from nemo_spin.megatron.sequences import Pair
+from nemo_spin.reporting.events import GuardWarning
 
 TREND_STEPS = 50
 """Steps over which a trend is looked for: batches differ too much for fewer."""
@@ -29,14 +28,6 @@ _SHARES = {
         "raise model.spin.length_params.max_length, or see whether the SFT model has learned to stop",
     ),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class GuardWarning:
-    """What a guard has seen. guard: its key. text: what, how much, the threshold and what to try, in one sentence."""
-
-    guard: str
-    text: str
 
 
 def rollout_warnings(
@@ -111,12 +102,3 @@ def trend(values: Sequence[float]) -> tuple[float, float]:
     if error == 0.0:
         return slope * (count - 1), math.copysign(math.inf, slope) if slope else 0.0
     return slope * (count - 1), slope / error
-
-
-def trainable(pairs: Sequence[Pair]) -> list[Pair]:
-    """Those whose reference log-probabilities are finite: a loss that holds one of the others is NaN.
-
-    All of them where none is: the step is then skipped, and counted like others that are.
-    """
-    finite = [pair for pair in pairs if math.isfinite(pair.ref_chosen_logps) and math.isfinite(pair.ref_rejected_logps)]
-    return finite or list(pairs)

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.errors import CheckpointError
-from nemo_spin.megatron.sequences import Pair, Selection
 from nemo_spin.reporting.console import Reporter
+from nemo_spin.reporting.events import Sample
+from nemo_spin.selfplay.pairs import Pair, Selection
 from nemo_spin.selfplay.replay import Mixture
 from nemo_spin.selfplay.rollouts.iteration import Given, IterationRollouts
 from nemo_spin.selfplay.rollouts.roll_out import Answer
-from nemo_spin.selfplay.rollouts.store import RolloutStore, Sample
+from nemo_spin.selfplay.rollouts.store import RolloutStore
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

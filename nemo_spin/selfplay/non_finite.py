@@ -1,4 +1,4 @@
-"""The file that says which batch ended a run whose steps could not be made, and what about it is not finite."""
+"""What is not finite in a step that was skipped, and the file that says which batch ended a run for that reason."""
 
 from __future__ import annotations
 
@@ -7,17 +7,60 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
 from nemo_spin.data.dataset import SFTDataset
+from nemo_spin.data.example import Example
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError
-from nemo_spin.megatron.sequences import Example, Pair
+from nemo_spin.megatron.finite import gradients_not_finite, weights_not_finite
+from nemo_spin.megatron.steps import Batching, group_logps
 from nemo_spin.runtime.collectives import of_first
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.diagnosis import Diagnosis
+from nemo_spin.selfplay.pairs import Pair, group_of_pair
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseLogps:
+    """The policy's log-probability of a response, computed again without a backward pass.
+
+    total: of the whole response, in nats. bad_tokens: positions in the response, from 0, whose own is not finite.
+    """
+
+    total: float
+    bad_tokens: tuple[int, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.total)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """chosen, rejected: of each pair. weights, gradients: names of parameters where they hold NaN or infinity."""
+
+    chosen: list[ResponseLogps]
+    rejected: list[ResponseLogps]
+    weights: list[str]
+    gradients: list[str]
+
+
+def diagnose(gpt: GPTModel, pairs: Sequence[Pair], batching: Batching) -> Diagnosis:
+    """Look at the model, at the gradients of its last backward pass, and at a global batch; every process calls it."""
+    both = group_logps(gpt, [group_of_pair(pair) for pair in pairs], batching)
+    chosen, rejected = ([_of_response(values) for values in one] for one in zip(*both, strict=True))
+    return Diagnosis(chosen, rejected, weights_not_finite(gpt), gradients_not_finite(gpt))
+
+
+def _of_response(logps: Tensor) -> ResponseLogps:
+    bad = (~logps.isfinite()).nonzero().flatten().tolist()
+    return ResponseLogps(float(logps.double().sum()), tuple(bad))
 
 
 def write_report(

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.errors import UserError
-from nemo_spin.megatron.sequences import Pair
 from nemo_spin.reporting.console import Reporter
+from nemo_spin.reporting.events import GuardWarning
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.guards import TREND_STEPS, GuardWarning, falling_chosen_warning, rollout_warnings, trainable
+from nemo_spin.selfplay.guards import TREND_STEPS, falling_chosen_warning, rollout_warnings
 from nemo_spin.selfplay.non_finite import advice, write_report
+from nemo_spin.selfplay.pairs import Pair, trainable
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

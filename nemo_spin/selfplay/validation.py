@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
+from nemo_spin.data.example import Example
 from nemo_spin.data.order import index_batches
-from nemo_spin.megatron.sequences import Example
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.runtime.kill_points import reached
 from nemo_spin.selfplay.rollouts.iteration import IterationRollouts

@@ -12,10 +12,10 @@ import torch
 from runs import InterruptedRunError, training_run
 
 from nemo_spin.generation.engine import Generator
-from nemo_spin.megatron.sequences import Pair
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.runtime.stopping import Stopping
+from nemo_spin.selfplay.pairs import Pair
 from nemo_spin.selfplay.rollouts import iteration as iteration_rollouts
 from nemo_spin.selfplay.rollouts import part
 

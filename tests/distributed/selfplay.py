@@ -9,14 +9,16 @@ import torch
 from toy import fill_deterministically, sharded_tensors, toy_architecture
 
 from nemo_spin.config import LossConfig, OptimConfig, RecomputeConfig, SamplingParams, SchedConfig
+from nemo_spin.data.example import Example
 from nemo_spin.generation.engine import Generator
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
-from nemo_spin.megatron.sequences import Example, Pair
 from nemo_spin.selfplay.losses import PAPER
+from nemo_spin.selfplay.pairs import Pair
 from nemo_spin.selfplay.reference import Reference
 from nemo_spin.selfplay.rollouts.roll_out import Rollout, roll_out
+from nemo_spin.selfplay.step import spin_step
 
 STOP = 7
 BETA = 0.5
@@ -82,7 +84,7 @@ class SelfPlay:
             return roll_out(self.gpt, self.generator, data, iteration, 12, self.batching)
 
     def step(self, pairs: list[Pair]) -> dict[str, float]:
-        metrics = steps.spin_step(self.optimizer, pairs, BETA, self.batching, self.loss)
+        metrics = spin_step(self.optimizer, pairs, BETA, self.batching, self.loss)
         self.reference.policy_moved()
         return metrics
 

@@ -13,8 +13,8 @@ from selfplay import BETA, SelfPlay, as_pairs, examples, relative_distance, whol
 from toy import to_transformers
 
 from nemo_spin.config import SchedConfig
-from nemo_spin.megatron.sequences import Pair
 from nemo_spin.model_io.stores.sharded import save_sharded
+from nemo_spin.selfplay.pairs import Pair
 
 CONSTANT = SchedConfig(name="Constant", warmup_steps=0, constant_steps=0, min_lr=0.0)
 # A large eps keeps rounding errors of near-zero gradients from being blown up to whole updates.

@@ -9,11 +9,14 @@ import pytest
 import torch
 from selfplay import BETA, SelfPlay
 
+from nemo_spin.data.example import Example
 from nemo_spin.megatron import logprobs, steps
 from nemo_spin.megatron.packing import packed
-from nemo_spin.megatron.sequences import Example, Pair, ResponseGroup
+from nemo_spin.megatron.sequences import ResponseGroup
+from nemo_spin.selfplay import step
 from nemo_spin.selfplay.losses import PAPER
-from nemo_spin.selfplay.spin_objective import spin_objective
+from nemo_spin.selfplay.pairs import Pair, group_of_pair
+from nemo_spin.selfplay.step import spin_objective
 
 # The toy with learned positions, LayerNorm, biases and tied embeddings.
 GPT2 = {
@@ -42,10 +45,10 @@ def packed_beside_separate(**options: Any) -> dict[str, Any]:
     play, pairs = SelfPlay(**options), skewed_pairs()
     found = []
     for batching in (replace(play.batching, packed=False, micro_batch_size=1), replace(play.batching, packed=True)):
-        micro_batches = steps._spin_micro_batches(pairs, batching)
-        metrics = steps._train(play.optimizer, micro_batches, spin_objective(BETA, PAPER, 1 / 5), batching.vocab_size)
+        micro_batches = step._micro_batches(pairs, batching)
+        metrics = steps.backward(play.optimizer, micro_batches, spin_objective(BETA, PAPER, 1 / 5), batching.vocab_size)
         gradients = {name: p.main_grad.clone() for name, p in play.gpt.named_parameters()}
-        logps = steps.group_logps(play.gpt, [ResponseGroup.of_pair(pair) for pair in pairs], batching)
+        logps = steps.group_logps(play.gpt, [group_of_pair(pair) for pair in pairs], batching)
         found.append((metrics, gradients, torch.cat([one for both in logps for one in both])))
     (metrics, gradients, logps), (packed_metrics, packed_gradients, packed_logps) = found
     # Of a key's bias the exact gradient is 0.

@@ -15,7 +15,7 @@ from noting import noted_run
 from runs import finish, training_run
 from selfplay import relative_distance
 
-from nemo_spin.megatron.sequences import Pair
+from nemo_spin.selfplay.pairs import Pair
 
 TENSOR: dict[str, Any] = {"tp": 2, "model.tensor_model_parallel_size": 2}
 PIPELINE: dict[str, Any] = {"pp": 2, "model.pipeline_model_parallel_size": 2}

@@ -14,10 +14,12 @@ from selfplay import SelfPlay, relative_distance, whole_weights
 from toy import to_transformers
 
 from nemo_spin.config import LossConfig
-from nemo_spin.megatron import steps
-from nemo_spin.megatron.sequences import Example, Pair
+from nemo_spin.data.example import Example
 from nemo_spin.reporting.metrics_log import FILE_NAME
+from nemo_spin.selfplay import step
 from nemo_spin.selfplay.losses import LN_2, PAPER
+from nemo_spin.selfplay.pairs import Pair
+from nemo_spin.selfplay.step import spin_metrics_of, spin_step
 
 EVERYTHING = LossConfig("hinge", label_smoothing=0.1, sft_loss_weight=0.3, preference_average_log_probs=True)
 LOSSES = {
@@ -64,8 +66,8 @@ def a_step(loss: LossConfig, beta: float, unshared: bool = False, **options: Any
     play = SelfPlay(**options)
     pairs = apart(several_pairs()) if unshared else several_pairs()
     play.optimizer.start(1e-3, 2)
-    validation = steps.spin_metrics_of(play.gpt, pairs, beta, play.batching, loss)
-    metrics = steps.spin_step(play.optimizer, pairs, beta, play.batching, loss)
+    validation = spin_metrics_of(play.gpt, pairs, beta, play.batching, loss)
+    metrics = spin_step(play.optimizer, pairs, beta, play.batching, loss)
     with torch.no_grad():
         for parameter in play.gpt.parameters():
             parameter.copy_(parameter.main_grad)
@@ -73,7 +75,7 @@ def a_step(loss: LossConfig, beta: float, unshared: bool = False, **options: Any
     if torch.distributed.get_world_size() == 1:
         whole_model = to_transformers(play.architecture, play.gpt)
         in_transformers = {name: p.detach() for name, p in whole_model.named_parameters()}
-    computed = sum(m.inputs.tokens.numel() for m in steps._spin_micro_batches(pairs, play.batching))
+    computed = sum(m.inputs.tokens.numel() for m in step._micro_batches(pairs, play.batching))
     return {
         "metrics": metrics,
         "validation": {name: value / len(pairs) for name, value in validation.items()},

@@ -10,8 +10,8 @@ import torch
 from selfplay import BETA, SelfPlay, as_pairs, examples, relative_distance, whole_weights
 from toy import to_transformers
 
-from nemo_spin.megatron import steps
 from nemo_spin.selfplay.losses import LN_2
+from nemo_spin.selfplay.step import spin_metrics_of, spin_step
 
 # ---------------------------------------------------------------------------------------- against fp64
 
@@ -161,7 +161,7 @@ def small_steps_in_bf16() -> dict[str, float]:
     pairs = as_pairs(data, play.roll_out(data, 0))
     play.optimizer.start(2e-5, 60)
     for _ in range(60):
-        steps.spin_step(play.optimizer, pairs, BETA, play.batching)
+        spin_step(play.optimizer, pairs, BETA, play.batching)
     changed = sum(int((a != b).sum()) for a, b in zip(before, play.gpt.parameters(), strict=True))
     total = sum(p.numel() for p in play.gpt.parameters())
     distance = sum(float((a.float() - b.float()).norm()) for a, b in zip(before, play.gpt.parameters(), strict=True))
@@ -301,7 +301,7 @@ def metrics_with_and_without_a_step(**layout: int) -> tuple[dict[str, float], di
     pairs = as_pairs(data, play.roll_out(data, 0))
     play.optimizer.start(1e-2, 5)
     play.step(pairs)
-    without = steps.spin_metrics_of(play.gpt, pairs, BETA, play.batching)
+    without = spin_metrics_of(play.gpt, pairs, BETA, play.batching)
     return {name: value / len(pairs) for name, value in without.items()}, play.step(pairs)
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from nemo_spin.config import algorithm, schema
-from nemo_spin.data.conversations import ChatPromptTokens
+from nemo_spin.config.dataset import ChatPromptTokens
 
 Test = Callable[[Any], bool]
 

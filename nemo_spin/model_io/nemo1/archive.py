@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.files import sync
+from nemo_spin.model_io.stores.stacked import MOST_EXPANSION
 from nemo_spin.model_io.untrusted.tar_members import (
     Member,
     TruncatedArchiveError,
@@ -26,8 +27,6 @@ from nemo_spin.runtime.watchdog import beat
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights"
 
-# How much larger than the archive its files may be. Weights hardly shrink when they are compressed; text, to a tenth.
-MOST_EXPANSION = 20
 # Bytes that the files may have in any case: a toy's weights may all be equal.
 ALWAYS_ALLOWED = 256 * 2**20
 _PIECE = 2**20

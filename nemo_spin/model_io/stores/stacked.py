@@ -85,3 +85,7 @@ def check_volume(tensors: Iterable[StoredTensor], held: int, origin: str) -> Non
 def _is_extra_state(name: str) -> bool:
     """TransformerEngine's fp8 statistics, of a layout and of no use here."""
     return name.endswith("_extra_state") or "._extra_state/" in name
+
+
+# How much larger than the archive its files may be. Weights hardly shrink when they are compressed; text, to a tenth.
+MOST_EXPANSION = 20

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.nemo1.archive import MOST_EXPANSION
 from nemo_spin.model_io.stores.interface import Region, StoredTensor
-from nemo_spin.model_io.stores.stacked import StackedStore, check_volume
+from nemo_spin.model_io.stores.stacked import MOST_EXPANSION, StackedStore, check_volume
 from nemo_spin.model_io.untrusted.plain_data import read_json
 
 _DTYPES = {

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nemo_spin.config import SpinConfig
+from nemo_spin.data.example import Example
 from nemo_spin.generation.schedule import MOST_SLOTS
-from nemo_spin.megatron.sequences import Example, Pair, Selection
 from nemo_spin.reporting.console import Reporter
+from nemo_spin.reporting.events import Sample
 from nemo_spin.runtime.kill_points import reached
+from nemo_spin.selfplay.pairs import Pair, Selection
 from nemo_spin.selfplay.rollouts.part import Origin
 from nemo_spin.selfplay.rollouts.roll_out import Answer, Rollout
-from nemo_spin.selfplay.rollouts.store import RolloutStore, Sample
+from nemo_spin.selfplay.rollouts.store import RolloutStore
 
 if TYPE_CHECKING:
     from nemo_spin.model import MegatronGPTSPINModel

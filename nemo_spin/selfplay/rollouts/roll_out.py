@@ -11,8 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from nemo_spin.data.example import Example
 from nemo_spin.generation.interface import Engine, GenerationRequest, Response
-from nemo_spin.megatron.sequences import Example, ResponseGroup
+from nemo_spin.megatron.sequences import ResponseGroup
 from nemo_spin.megatron.steps import Batching, group_logps, response_logps
 from nemo_spin.runtime.collectives import gathered
 

@@ -6,15 +6,16 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nemo_spin.megatron.sequences import Example, Pair, Selection
+from nemo_spin.data.example import Example
+from nemo_spin.reporting.events import Sample
 from nemo_spin.runtime.collectives import from_first, of_first
+from nemo_spin.selfplay.pairs import Pair, Selection
 from nemo_spin.selfplay.rollouts.directory import Found, RolloutDirectory
 from nemo_spin.selfplay.rollouts.journal import Journal
 from nemo_spin.selfplay.rollouts.part import Origin, origin_of
@@ -27,17 +28,6 @@ _RUN = 4
 
 class Dataset(Protocol):
     def __getitem__(self, index: int) -> Example: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A rollout for people: texts of the prompt, the human response and the generated one."""
-
-    index: int
-    prompt: str
-    chosen: str
-    rejected: str
-    finish_reason: str
 
 
 class RolloutStore:

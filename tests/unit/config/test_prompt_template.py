@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_spin.config.prompt_template import check_template, fill_template, parse_template
+from nemo_spin.config.prompt_template import check_template, parse_template
+from nemo_spin.data.template_records import fill_template
 from nemo_spin.errors import ConfigError
 
 NEMO = "Context:  {context} Question: {question} Answer: {label}"  # the example in NeMo's own documentation

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nemo_spin.data.dataset import load_dataset
+from nemo_spin.data.example import Example
 from nemo_spin.errors import ConfigError, DataError
-from nemo_spin.megatron.sequences import Example
 
 MIXED = [  # (line, prompt tokens, response tokens with the stop token), one token per character
     '{"input": "abc", "output": "d"}',  # 3 + 3: the space before the label, the label, </s>

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_spin.data.conversations import ChatPromptTokens
+from nemo_spin.config.dataset import ChatPromptTokens
 from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.errors import ConfigError, DataError
 

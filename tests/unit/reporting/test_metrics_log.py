@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from nemo_spin.reporting import metrics_log
+from nemo_spin.reporting.events import GuardWarning, Sample
 from nemo_spin.reporting.metrics_log import MetricsLog
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.guards import GuardWarning
-from nemo_spin.selfplay.rollouts.store import Sample
 
 SAMPLES = [Sample(7, "2 + 2?", "4", "five\nor six", "length")]
 

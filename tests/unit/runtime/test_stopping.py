@@ -71,7 +71,7 @@ def test_what_is_forked_to_write_a_checkpoint_finishes(capsys: pytest.CaptureFix
 
 SECOND = """
 import ctypes, os, signal, sys, threading, time
-from nemo_spin import stopping
+from nemo_spin.runtime import stopping
 
 stopping._SECONDS_OF_ONE_SIGNAL = 0.2
 asked = stopping.Stopping()

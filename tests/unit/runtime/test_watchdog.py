@@ -23,7 +23,7 @@ SCRIPT = """
 import os, signal, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from nemo_spin import watchdog
+from nemo_spin.runtime import watchdog
 from nemo_spin.errors import DataError
 from nemo_spin.cli.launch import guarded
 from nemo_spin.runtime.watchdog import Watchdog, beat

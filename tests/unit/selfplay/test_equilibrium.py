@@ -8,8 +8,9 @@ import random
 import pytest
 
 from nemo_spin.config import EquilibriumConfig
-from nemo_spin.megatron.sequences import Example, Pair
+from nemo_spin.data.example import Example
 from nemo_spin.selfplay.equilibrium import equilibrium_metrics, in_words, is_reached, logps_gap, reason, token_overlap
+from nemo_spin.selfplay.pairs import Pair
 
 STOP = frozenset({9})
 

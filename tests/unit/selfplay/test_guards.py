@@ -8,8 +8,9 @@ import random
 import pytest
 
 from nemo_spin.config import GuardsConfig
-from nemo_spin.megatron.sequences import Example, Pair
-from nemo_spin.selfplay.guards import TREND_STEPS, falling_chosen_warning, rollout_warnings, trainable, trend
+from nemo_spin.data.example import Example
+from nemo_spin.selfplay.guards import TREND_STEPS, falling_chosen_warning, rollout_warnings, trend
+from nemo_spin.selfplay.pairs import Pair, trainable
 
 GUARDS = GuardsConfig(empty=0.01, repeated=0.05, cut_off=0.1, entropy=0.05, falling_chosen=0.5)
 OFF = GuardsConfig(empty=None, repeated=None, cut_off=None, entropy=None, falling_chosen=None)

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+from nemo_spin.data.example import Example
 from nemo_spin.data.load_report import LoadReport
-from nemo_spin.megatron.sequences import Example, Pair
-from nemo_spin.selfplay.diagnosis import Diagnosis, ResponseLogps
-from nemo_spin.selfplay.non_finite import advice, places
+from nemo_spin.selfplay.non_finite import Diagnosis, ResponseLogps, advice, places
+from nemo_spin.selfplay.pairs import Pair
 
 FINE, BAD = ResponseLogps(-3.0, ()), ResponseLogps(math.nan, (2,))
 

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from nemo_spin.megatron.sequences import Selection, collate
+from nemo_spin.megatron.sequences import collate
 from nemo_spin.runtime.progress import Progress
+from nemo_spin.selfplay.pairs import Selection
 
 
 def test_mask_is_aligned_with_tokens_and_covers_the_stop_token() -> None:

@@ -1,22 +1,63 @@
-"""What SPIN minimizes: the loss of pairs, from the log-probabilities of the responses that went through the model.
+"""SPIN's optimizer step: pairs become micro-batches, and log-probabilities of their responses become the loss.
 
-Pairs of one example share its chosen response, which is computed once.
+The loss is averaged over the pairs of the global batch. Pairs of one example share its prompt and its chosen response,
+which are computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from nemo_spin.config import LossConfig
+from nemo_spin.data.example import Example
+from nemo_spin.megatron import steps
 from nemo_spin.megatron.forward import MicroBatch, Objective
 from nemo_spin.megatron.micro_batches import by_example, merged
-from nemo_spin.megatron.packing import ModelInput, Share, gather_rows, response_order
-from nemo_spin.megatron.sequences import Pair, ResponseGroup
-from nemo_spin.selfplay.losses import sft_loss, spin_loss, spin_metrics
+from nemo_spin.megatron.optimizer import Optimizer
+from nemo_spin.megatron.packing import Share, gather_rows, response_order
+from nemo_spin.megatron.sequences import ResponseGroup
+from nemo_spin.megatron.steps import Batching
+from nemo_spin.selfplay.losses import PAPER, sft_loss, spin_loss, spin_metrics
+from nemo_spin.selfplay.pairs import Pair, group_of_pair
+
+
+def spin_step(
+    optimizer: Optimizer, pairs: Sequence[Pair], beta: float, batching: Batching, loss: LossConfig = PAPER
+) -> dict[str, float]:
+    """One optimizer step on a global batch of pairs. Returns the metrics of the batch, the same on every rank.
+
+    `loss`, `kl` and every `rewards/*` and `logps/*` is the mean over pairs; `tokens/chosen` and `tokens/rejected` the
+    mean number of response tokens; with an SFT term `spin_loss` and `sft_loss` are the parts of `loss`, the latter
+    without its weight; `grad_norm` is taken before clipping; `lr` is the learning rate of this step; `skipped` is 1
+    where loss or gradient were not finite, and nothing was updated, else 0.
+    """
+    objective = spin_objective(beta, loss, steps.gradient_scale() / len(pairs))
+    totals = steps.backward(optimizer, _micro_batches(pairs, batching), objective, batching.vocab_size)
+    means = {name: value / len(pairs) for name, value in totals.items()}
+    return means | optimizer.step(means["loss"]).metrics()
+
+
+def spin_metrics_of(
+    gpt: GPTModel, pairs: Sequence[Pair], beta: float, batching: Batching, loss: LossConfig = PAPER
+) -> dict[str, float]:
+    """The metrics of `spin_step` for a global batch, summed over its pairs, without a step; on every rank."""
+    return steps.evaluate(gpt, _micro_batches(pairs, batching), spin_objective(beta, loss, 1.0), batching.vocab_size)
+
+
+def _micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[PairRows]]:
+    """This rank's; pairs of one example go through the model together as far as they can."""
+    groups = [group_of_pair(pair) for pair in pairs]
+    numbers: dict[Example, int] = {}
+    examples = [numbers.setdefault(pair.example, len(numbers)) for pair in pairs]
+    return [
+        spin_micro_batch(pairs, groups, own, examples, weight, batching)
+        for own, weight in steps.own_share(groups, batching, examples)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +89,7 @@ def spin_micro_batch(
     numbers: Sequence[int],
     examples: Sequence[int],
     weight: float,
-    collate: Callable[[Sequence[ResponseGroup]], ModelInput],
+    batching: Batching,
 ) -> MicroBatch[PairRows]:
     """What `share_out` put together. groups: each pair as one. numbers: those of it. weight: of each of its pairs."""
     runs = by_example(numbers, examples)
@@ -68,7 +109,7 @@ def spin_micro_batch(
         chosen=chosen,
         shares=tuple((at, chosen[at]) for at in here),
     )
-    return MicroBatch(collate(together), rows)
+    return MicroBatch(batching.collate(together), rows)
 
 
 def spin_objective(beta: float, loss: LossConfig, scale: float) -> Objective:
