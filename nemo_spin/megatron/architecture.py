@@ -1,13 +1,13 @@
 """The architecture of a GPT, independent of the family of its checkpoint and of the parallel layout.
 
-`nemo1.py` and `nemo2.py` make one from their configuration; `megatron/gpt.py` builds the model of it. What a
-megatron-core GPT of today cannot compute as the original did is refused before it gets here.
+`model_io` makes one from a checkpoint's configuration; `megatron/gpt.py` builds the model of it. What a megatron-core
+GPT of today cannot compute as the original did is refused before it gets here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,69 +60,49 @@ class Architecture:
     share_embeddings_and_output_weights: bool = False
 
 
-def transformer_fields(
-    *,
-    num_layers: int,
-    hidden_size: int,
-    num_attention_heads: int,
-    num_query_groups: int | None,
-    ffn_hidden_size: int | None,
-    kv_channels: int | None,
-    normalization: str,
-    layernorm_epsilon: float,
-    layernorm_zero_centered_gamma: bool,
-    activation_func: Callable[[Tensor], Tensor],
-    gated_linear_unit: bool,
-    add_bias_linear: bool,
-    add_qkv_bias: bool,
-    qk_layernorm: bool,
-    rotary_interleaved: bool,
-    softmax_scale: float | None,
-) -> dict[str, Any]:
+_COUNTS = "num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels".split()
+_FLAGS = """
+    layernorm_zero_centered_gamma gated_linear_unit add_bias_linear add_qkv_bias qk_layernorm rotary_interleaved
+    """.split()
+
+
+def transformer_fields(**given: Any) -> dict[str, Any]:
     """`Architecture.transformer` with the numbers that configurations leave open filled in as megatron-core does.
 
+    given: num_layers, hidden_size, num_attention_heads, normalization, layernorm_epsilon, activation_func (a function),
+    layernorm_zero_centered_gamma, gated_linear_unit, add_bias_linear, add_qkv_bias, qk_layernorm, rotary_interleaved;
+    num_query_groups, ffn_hidden_size, kv_channels and softmax_scale, which may be None.
     Raises CheckpointError if the numbers contradict each other.
     """
-    for name, value in (
-        ("num_layers", num_layers),
-        ("hidden_size", hidden_size),
-        ("num_attention_heads", num_attention_heads),
-        ("num_query_groups", num_query_groups or num_attention_heads),
-        ("ffn_hidden_size", ffn_hidden_size or 4 * hidden_size),
-        ("kv_channels", kv_channels or 1),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(
-                f"The checkpoint's configuration gives {name}: {value}, which is no positive integer."
-            )
-    groups = num_query_groups or num_attention_heads
-    if num_attention_heads % groups:
-        raise CheckpointError(
-            f"The checkpoint's configuration contradicts itself: num_attention_heads {num_attention_heads} is no "
-            f"multiple of num_query_groups {groups}."
-        )
-    if not kv_channels and hidden_size % num_attention_heads:
-        raise CheckpointError(
-            f"The checkpoint's configuration contradicts itself: hidden_size {hidden_size} is no multiple of "
-            f"num_attention_heads {num_attention_heads}, and kv_channels is not given."
-        )
-    return {
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "num_attention_heads": num_attention_heads,
+    hidden_size, heads = given["hidden_size"], given["num_attention_heads"]
+    groups = given["num_query_groups"] or heads
+    filled = given | {
         "num_query_groups": groups,
-        "ffn_hidden_size": ffn_hidden_size or 4 * hidden_size,
-        "kv_channels": kv_channels or hidden_size // num_attention_heads,
-        "normalization": normalization,
-        "layernorm_epsilon": float(layernorm_epsilon),
-        "layernorm_zero_centered_gamma": bool(layernorm_zero_centered_gamma),
-        "activation_func": activation_func,
-        "gated_linear_unit": bool(gated_linear_unit),
-        "add_bias_linear": bool(add_bias_linear),
-        "add_qkv_bias": bool(add_qkv_bias),
-        "qk_layernorm": bool(qk_layernorm),
-        "rotary_interleaved": bool(rotary_interleaved),
-        "softmax_scale": None if softmax_scale is None else float(softmax_scale),
+        "ffn_hidden_size": given["ffn_hidden_size"] or 4 * hidden_size,
+        "kv_channels": given["kv_channels"] or 1,
+    }
+    for name in _COUNTS:
+        if type(filled[name]) is not int or filled[name] < 1:
+            raise CheckpointError(
+                f"The checkpoint's configuration gives {name}: {filled[name]}, which is no positive integer."
+            )
+    if heads % groups:
+        raise CheckpointError(
+            f"The checkpoint's configuration contradicts itself: num_attention_heads {heads} is no multiple of "
+            f"num_query_groups {groups}."
+        )
+    if not given["kv_channels"]:
+        if hidden_size % heads:
+            raise CheckpointError(
+                f"The checkpoint's configuration contradicts itself: hidden_size {hidden_size} is no multiple of "
+                f"num_attention_heads {heads}, and kv_channels is not given."
+            )
+        filled["kv_channels"] = hidden_size // heads
+    scale = given["softmax_scale"]
+    return filled | {
+        "layernorm_epsilon": float(given["layernorm_epsilon"]),
+        "softmax_scale": None if scale is None else float(scale),
+        **{name: bool(given[name]) for name in _FLAGS},
     }
 
 

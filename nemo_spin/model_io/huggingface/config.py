@@ -21,6 +21,18 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 BRIDGE_HINT = "import it with Megatron-Bridge (AutoBridge.import_ckpt), and give the Megatron directory that it writes"
 
+# Field of the architecture -> key of config.json.
+KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "seq_length": "max_position_embeddings",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+}
 # What a configuration leaves out has the value of its class.
 _LLAMA = {
     "vocab_size": 32000,
@@ -108,23 +120,20 @@ def architecture_from_huggingface(config: Mapping[str, Any], where: str) -> Arch
         value = config.get(key)
         return defaults[key] if value is None and key != "num_key_value_heads" else value
 
-    groups = config.get("num_key_value_heads", defaults["num_key_value_heads"])
-    activation_func = _activation(model_type, str(get("hidden_act")), where)
     is_nemotron = model_type == "nemotron"
-    vocab_size = _integer(get("vocab_size"), "vocab_size", where)
-    max_sequence_length = _integer(get("max_position_embeddings"), "max_position_embeddings", where)
-    epsilon_key = "norm_eps" if is_nemotron else "rms_norm_eps"
+    epsilon = epsilon_key(model_type)
+    sizes = {name: get(key) for name, key in KEYS.items()}
+    # Unlike the others, it may be null.
+    sizes["num_query_groups"] = config.get("num_key_value_heads", defaults["num_key_value_heads"])
+    vocab_size = _integer(sizes.pop("vocab_size"), "vocab_size", where)
+    length = _integer(sizes.pop("seq_length"), "max_position_embeddings", where)
+    tied = bool(sizes.pop("share_embeddings_and_output_weights"))
     transformer = transformer_fields(
-        num_layers=get("num_hidden_layers"),
-        hidden_size=get("hidden_size"),
-        num_attention_heads=get("num_attention_heads"),
-        num_query_groups=groups,
-        ffn_hidden_size=get("intermediate_size"),
-        kv_channels=get("head_dim"),
+        **sizes,
         normalization="LayerNorm" if is_nemotron else "RMSNorm",
-        layernorm_epsilon=_number(get(epsilon_key), epsilon_key, where),
+        layernorm_epsilon=_number(get(epsilon), epsilon, where),
         layernorm_zero_centered_gamma=is_nemotron,
-        activation_func=activation_func,
+        activation_func=_activation(model_type, str(get("hidden_act")), where),
         gated_linear_unit=not is_nemotron,
         add_bias_linear=_linear_bias(config, where),
         add_qkv_bias=model_type == "qwen2",
@@ -136,11 +145,15 @@ def architecture_from_huggingface(config: Mapping[str, Any], where: str) -> Arch
         transformer=transformer,
         vocab_rows=vocab_size,
         vocab_size=vocab_size,
-        max_sequence_length=_within_window(config, max_sequence_length, transformer["num_layers"], where),
+        max_sequence_length=_within_window(config, length, transformer["num_layers"], where),
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=bool(get("tie_word_embeddings")),
+        share_embeddings_and_output_weights=tied,
         **_rope(config, get, where),
     )
+
+
+def epsilon_key(model_type: str) -> str:
+    return "norm_eps" if model_type == "nemotron" else "rms_norm_eps"
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_spin.errors import CheckpointError
+from nemo_spin.errors import CheckpointError, one_line
 from nemo_spin.megatron.architecture import Architecture, squared_relu
 from nemo_spin.model_io.contradictions import expected_tensors
-from nemo_spin.model_io.huggingface.config import CLASSES, CONFIG, DEFAULTS, HAVE_BIASES, LLAMA3_ROPE
+from nemo_spin.model_io.fields.transformer import fields_of
+from nemo_spin.model_io.files import write_json
+from nemo_spin.model_io.huggingface.config import (
+    CLASSES,
+    CONFIG,
+    DEFAULTS,
+    HAVE_BIASES,
+    KEYS,
+    LLAMA3_ROPE,
+    epsilon_key,
+)
 from nemo_spin.model_io.huggingface.layout import (
     INDEX,
     SINGLE,
@@ -38,36 +46,27 @@ def to_huggingface_config(
     dtype: torch.dtype,
     *,
     bos_token_id: int | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
 ) -> dict[str, Any]:
     """config.json of the architecture, which transformers 4.48 and later reads (Qwen3: 4.51 and later).
 
     dtype: of the weights. The vocabulary is written without padding rows. `architecture_from_huggingface` reads the
     same architecture back. Raises CheckpointError, by name, for what none of transformers' classes computes.
     """
-    transformer = architecture.transformer
+    fields = fields_of(architecture)
     model_type = _model_type(architecture)
     config: dict[str, Any] = {
         "architectures": [CLASSES[model_type]],
         "model_type": model_type,
-        "vocab_size": architecture.vocab_size,
-        "hidden_size": transformer["hidden_size"],
-        "intermediate_size": transformer["ffn_hidden_size"],
-        "num_hidden_layers": transformer["num_layers"],
-        "num_attention_heads": transformer["num_attention_heads"],
-        "num_key_value_heads": transformer["num_query_groups"],
-        "head_dim": transformer["kv_channels"],
+        **{key: fields[name] for name, key in KEYS.items()},
         "hidden_act": DEFAULTS[model_type]["hidden_act"],
-        "norm_eps" if model_type == "nemotron" else "rms_norm_eps": transformer["layernorm_epsilon"],
-        "max_position_embeddings": architecture.max_sequence_length,
+        epsilon_key(model_type): fields["layernorm_epsilon"],
         "rope_theta": architecture.rotary_base,
         "rope_scaling": None,
-        "tie_word_embeddings": architecture.share_embeddings_and_output_weights,
         "attention_dropout": 0.0,
         "bos_token_id": bos_token_id,
-        "eos_token_id": _ids(eos_token_id),
-        "pad_token_id": pad_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
         "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
@@ -76,7 +75,7 @@ def to_huggingface_config(
     elif architecture.seq_len_interpolation_factor:
         config["rope_scaling"] = {"rope_type": "linear", "factor": architecture.seq_len_interpolation_factor}
     if model_type in HAVE_BIASES:
-        config |= dict.fromkeys(("attention_bias", "mlp_bias"), transformer["add_bias_linear"])
+        config |= dict.fromkeys(("attention_bias", "mlp_bias"), fields["add_bias_linear"])
     elif model_type == "qwen3":
         config["attention_bias"] = False
     if model_type == "mistral" or model_type.startswith("qwen"):
@@ -94,22 +93,15 @@ def write_huggingface_config(
     directory: Path,
     *,
     bos_token_id: int | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
 ) -> None:
     """Write config.json, and generation_config.json, which tells servers where a response ends.
 
     See `to_huggingface_config`. directory: exists. Raises CheckpointError.
     """
-    ids = {"bos_token_id": bos_token_id, "eos_token_id": _ids(eos_token_id), "pad_token_id": pad_token_id}
-    config = to_huggingface_config(architecture, dtype, **ids)
-    generation = {key: value for key, value in ids.items() if value is not None}
-    for name, content in ((CONFIG, config), (GENERATION_CONFIG, generation)):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _ids(ids: int | Sequence[int] | None) -> int | list[int] | None:
-    return ids if ids is None or isinstance(ids, int) else list(ids)
+    ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    write_json(directory / CONFIG, to_huggingface_config(architecture, dtype, **ids))
+    write_json(directory / GENERATION_CONFIG, {key: value for key, value in ids.items() if value is not None})
 
 
 def _model_type(architecture: Architecture) -> str:
@@ -179,40 +171,35 @@ def write_huggingface_weights(
     a file cannot be written.
     """
     shards, sizes = _plan(store, architecture, max_shard_bytes)
-    names = [SINGLE] if len(shards) == 1 else _numbered(len(shards))
-    for number in range(part, len(shards), parts):
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    for number in range(part, count, parts):
         tensors: dict[str, Tensor] = {}
         for name in shards[number]:
             beat()
             tensors |= _split(store.read(name), segments(name, architecture))
         _save(tensors, directory / names[number])
-    if part == 0 and len(shards) > 1:
+    if part == 0 and count > 1:
         weight_map = {
-            hf_name: file
+            segment.name: file
             for file, shard in zip(names, shards, strict=True)
             for name in shard
-            for hf_name in {segment.name: None for segment in segments(name, architecture)}
+            for segment in segments(name, architecture)
         }
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        unfinished = directory / f".unfinished-{INDEX}"
-        unfinished.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, directory / INDEX)
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    unfinished = file.with_name(f".unfinished-{file.name}")
     try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(tensors, file, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read, whatever the umask says.
-        unfinished.chmod(mode)
-        os.replace(unfinished, file)
+        file.chmod(mode)
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{file} cannot be written ({reason}): make room, or choose another place.") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{file} cannot be written ({one_line(error)}): make room, or choose another place."
+        ) from None
 
 
 def _plan(
@@ -232,10 +219,6 @@ def _plan(
         shards[-1].append(name)
         filled += size
     return shards, sizes
-
-
-def _numbered(count: int) -> list[str]:
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _split(tensor: Tensor, layout: list[Segment]) -> dict[str, Tensor]:

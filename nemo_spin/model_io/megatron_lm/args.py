@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.fields.supported import UNSUPPORTED, is_transformer_field
-from nemo_spin.model_io.fields.transformer import architecture_from_fields, whole_number
+from nemo_spin.model_io.fields.transformer import architecture_from_fields, fields_of
 from nemo_spin.model_io.stores.common_state import member_of
 from nemo_spin.model_io.stores.interface import StoredTensor
 
@@ -44,6 +44,10 @@ _SAME_NAME = """
     qk_layernorm rotary_interleaved softmax_scale
     """.split()
 _ROTARY = ("rotary_percent", "rotary_base")
+_ALSO_WRITTEN = """
+    num_query_groups layernorm_epsilon layernorm_zero_centered_gamma position_embedding_type rope_scaling_factor
+    seq_length vocab_size attention_dropout hidden_dropout
+    """.split()
 
 
 def architecture_from_args(
@@ -129,40 +133,29 @@ def to_args(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     dtype: of the stored weights. `architecture_from_args` reads the same architecture back, unless `launch_flags` says
     that Megatron-LM has no argument for a part of it.
     """
-    transformer = architecture.transformer
-    activation, gated = transformer["activation_func"], transformer["gated_linear_unit"]
-    rope = architecture.position_embedding_type == "rope"
+    fields = fields_of(architecture)
+    activation, gated = fields["activation_func"], fields["gated_linear_unit"]
+    same = (*_SAME_NAME, *_ROTARY, *_ALSO_WRITTEN)
     return {
-        **{name: transformer[name] for name in _SAME_NAME},
-        "layernorm_epsilon": transformer["layernorm_epsilon"],
-        "norm_epsilon": transformer["layernorm_epsilon"],
-        "layernorm_zero_centered_gamma": transformer["layernorm_zero_centered_gamma"],
-        "apply_layernorm_1p": transformer["layernorm_zero_centered_gamma"],
-        "group_query_attention": transformer["num_query_groups"] != transformer["num_attention_heads"],
-        "num_query_groups": transformer["num_query_groups"],
+        **{name: fields[name] for name in same},
+        "norm_epsilon": fields["layernorm_epsilon"],
+        "apply_layernorm_1p": fields["layernorm_zero_centered_gamma"],
+        "group_query_attention": fields["num_query_groups"] != fields["num_attention_heads"],
         "swiglu": activation is F.silu and gated,
         "squared_relu": activation is squared_relu and not gated,
         "quick_geglu": activation is quick_gelu and gated,
         "openai_gelu": activation is gelu_tanh and not gated,
-        "bias_gelu_fusion": activation is gelu_tanh and not gated and transformer["add_bias_linear"],
+        "bias_gelu_fusion": activation is gelu_tanh and not gated and fields["add_bias_linear"],
         "bias_swiglu_fusion": False,
-        "position_embedding_type": architecture.position_embedding_type,
         "add_position_embedding": True,
-        "use_rotary_position_embeddings": rope,
-        "rotary_percent": architecture.rotary_percent,
-        "rotary_base": whole_number(architecture.rotary_base),
-        "use_rope_scaling": architecture.rope_scaling,
-        "rope_scaling_factor": architecture.rope_scaling_factor,
-        "rotary_seq_len_interpolation_factor": whole_number(architecture.seq_len_interpolation_factor),
-        "seq_length": architecture.max_sequence_length,
-        "max_position_embeddings": architecture.max_sequence_length,
-        "vocab_size": architecture.vocab_size,
+        "use_rotary_position_embeddings": fields["position_embedding_type"] == "rope",
+        "use_rope_scaling": fields["rope_scaling"],
+        "rotary_seq_len_interpolation_factor": fields["seq_len_interpolation_factor"],
+        "max_position_embeddings": fields["seq_length"],
         "padded_vocab_size": architecture.vocab_rows,
         "make_vocab_size_divisible_by": 1,
-        "untie_embeddings_and_output_weights": not architecture.share_embeddings_and_output_weights,
+        "untie_embeddings_and_output_weights": not fields["share_embeddings_and_output_weights"],
         "apply_query_key_layer_scaling": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "num_experts": None,
         "multi_latent_attention": False,
         "spec": None,

@@ -11,11 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
-from nemo_spin.model_io.fields.transformer import architecture_from_fields, target_of, whole_number
+from nemo_spin.megatron.architecture import Architecture
+from nemo_spin.model_io.fields.transformer import (
+    ACTIVATION_NAMES,
+    architecture_from_fields,
+    fields_of,
+    target,
+    target_of,
+)
 from nemo_spin.model_io.stores.interface import StoredTensor
 
 _BRIDGE = "megatron.bridge.models."
@@ -40,14 +45,6 @@ _INERT = frozenset(
 )
 # These belong to the position embeddings "yarn", which are refused.
 _YARN = ("yarn_", "rotary_scaling_factor")
-_ACTIVATIONS = {
-    F.silu: "torch.nn.functional.silu",
-    F.gelu: "torch.nn.functional.gelu",
-    F.relu: "torch.nn.functional.relu",
-    squared_relu: "megatron.core.activations.squared_relu",
-    quick_gelu: "megatron.core.activations.quick_gelu",
-    gelu_tanh: "megatron.core.activations.fast_gelu",
-}
 
 
 def architecture_from_run_config(
@@ -62,15 +59,15 @@ def architecture_from_run_config(
     model = config.get("model")
     if not isinstance(model, Mapping):
         raise CheckpointError(f"{where} has no model: it is not the configuration of a run of Megatron-Bridge.")
-    target = target_of(model)
-    if target in _MODEL_CONFIGS:
+    provider = target_of(model)
+    if provider in _MODEL_CONFIGS:
         transformer = model.get("transformer")
         model = (transformer if isinstance(transformer, Mapping) else {}) | {
             name: value for name, value in model.items() if name != "transformer"
         }
-    elif not (target.startswith(_BRIDGE) and _PROVIDERS.fullmatch(target.rsplit(".", 1)[-1])):
+    elif not (provider.startswith(_BRIDGE) and _PROVIDERS.fullmatch(provider.rsplit(".", 1)[-1])):
         raise CheckpointError(
-            f"{where} says model._target_: {target}, which is not supported: supported are Megatron-Bridge's GPT, "
+            f"{where} says model._target_: {provider}, which is not supported: supported are Megatron-Bridge's GPT, "
             "Llama, Mistral, Nemotron, Qwen2 and Qwen3 models without experts."
         )
     if model.get("restore_modelopt_state"):
@@ -97,28 +94,15 @@ def to_run_config(
 
     dtype: of the stored weights. tokenizer: `megatron_tokenizer.to_megatron`'s fields, None where there is none.
     """
-    transformer = architecture.transformer
-    model = {
-        **{name: value for name, value in transformer.items() if name != "activation_func"},
+    model = fields_of(architecture) | {
         "_target_": f"{_BRIDGE}gpt_provider.GPTModelProvider",
-        "activation_func": {"_target_": _ACTIVATIONS[transformer["activation_func"]], "_call_": False},
+        "activation_func": target(ACTIVATION_NAMES[architecture.transformer["activation_func"]]),
         "bias_activation_fusion": False,
-        "position_embedding_type": architecture.position_embedding_type,
-        "rotary_percent": architecture.rotary_percent,
-        "rotary_base": whole_number(architecture.rotary_base),
-        "rope_scaling": architecture.rope_scaling,
-        "rope_scaling_factor": architecture.rope_scaling_factor,
-        "seq_len_interpolation_factor": whole_number(architecture.seq_len_interpolation_factor),
-        "seq_length": architecture.max_sequence_length,
-        "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
-        "vocab_size": architecture.vocab_size,
         "should_pad_vocab": True,
         "make_vocab_size_divisible_by": _divisor(architecture),
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        "params_dtype": {"_target_": str(dtype), "_call_": False},
+        "params_dtype": target(str(dtype)),
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
     }

@@ -12,16 +12,11 @@ from typing import Any
 import torch.nn.functional as F
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.megatron.architecture import (
-    Architecture,
-    gelu_tanh,
-    quick_gelu,
-    squared_relu,
-    transformer_fields,
-)
+from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
 from nemo_spin.model_io.fields.supported import is_transformer_field, refuse_other_rope_scaling, refuse_unsupported
+from nemo_spin.model_io.fields.transformer import architecture_from_fields, fields_of, one_of
 from nemo_spin.model_io.fields.types import check_field_types
-from nemo_spin.model_io.stores.interface import EMBEDDING, POSITIONS, StoredTensor
+from nemo_spin.model_io.stores.interface import StoredTensor
 
 KEY_PREFIX = "model."
 
@@ -63,15 +58,31 @@ _ONLY = {
 }
 # NeMo's `name` chooses the layers; in other configurations it is any name of a run.
 _OTHER_SPECS = ("megatron_falcon_gpt", "megatron_gemma2", "megatron_gpt_full_te_layer_autocast", "te_gpt_hyena")
-# Keys that bear the name of the TransformerConfig field that they become.
+# Keys that bear the name of the field that they become.
 _SAME_NAME = frozenset(
     """
     num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels layernorm_epsilon
     layernorm_zero_centered_gamma qk_layernorm rotary_interleaved softmax_scale
     """.split()
 )
+_ALSO_WRITTEN = frozenset(
+    """
+    position_embedding_type rotary_base seq_len_interpolation_factor share_embeddings_and_output_weights vocab_size
+    """.split()
+)
 # Fields that NeMo 1 sets from keys of another name, whatever stands under their own.
 _OVERRULED = frozenset({"normalization", "activation_func", "gated_linear_unit", "add_bias_linear", "add_qkv_bias"})
+# What a key is that is not there, or null.
+_DEFAULTS = {
+    "activation": "gelu",
+    "bias": True,
+    "bias_activation_fusion": True,
+    "encoder_seq_length": 512,
+    "layernorm_epsilon": 1e-5,
+    "normalization": "layernorm",
+    "position_embedding_type": "learned_absolute",
+    "share_embeddings_and_output_weights": True,
+}
 
 
 def architecture_from_nemo1(
@@ -85,63 +96,32 @@ def architecture_from_nemo1(
     """
     check_field_types(config, where)
     _refuse(config, where)
-    activation = _get(config, "activation", "gelu")
-    if activation not in ACTIVATIONS:
-        raise CheckpointError(
-            f"{where} says activation: {activation}, which is not supported: known are {', '.join(ACTIVATIONS)}."
-        )
-    activation_func = gelu_tanh if _get(config, "openai_gelu", False) else ACTIVATIONS[activation]
-    if activation_func is F.gelu and _get(config, "bias_activation_fusion", True):
-        # megatron-core's fused bias and GELU computes the tanh approximation.
-        activation_func = gelu_tanh
-    normalization = str(_get(config, "normalization", "layernorm")).lower()
-    if normalization not in NORMALIZATIONS:
-        raise CheckpointError(
-            f"{where} says normalization: {normalization}, which is not supported: known are "
-            f"{', '.join(NORMALIZATIONS)}."
-        )
-    position = _get(config, "position_embedding_type", "learned_absolute")
-    if position not in ("rope", "learned_absolute", "none"):
-        raise CheckpointError(
-            f"{where} says position_embedding_type: {position}, which is not supported: known are rope, "
-            "learned_absolute, none."
-        )
-    interpolation = config.get("seq_len_interpolation_factor")
-    length = _get(config, "encoder_seq_length", _get(config, "max_position_embeddings", 512))
-    if position == "learned_absolute" and POSITIONS in tensors:
-        length = tensors[POSITIONS].shape[0]
-    rows = tensors[EMBEDDING].shape[0]
-    return Architecture(
-        transformer=transformer_fields(
-            num_layers=_required(config, "num_layers", where),
-            hidden_size=_required(config, "hidden_size", where),
-            num_attention_heads=_required(config, "num_attention_heads", where),
-            num_query_groups=config.get("num_query_groups"),
-            ffn_hidden_size=config.get("ffn_hidden_size"),
-            kv_channels=config.get("kv_channels"),
-            normalization=NORMALIZATIONS[normalization],
-            layernorm_epsilon=_get(config, "layernorm_epsilon", 1e-5),
-            layernorm_zero_centered_gamma=normalization == "layernorm1p"
-            or _get(config, "layernorm_zero_centered_gamma", False),
-            activation_func=activation_func,
-            gated_linear_unit=activation.endswith("glu"),
-            add_bias_linear=_get(config, "bias", True),
-            add_qkv_bias=_get(config, "qkv_bias", False),
-            qk_layernorm=_get(config, "qk_layernorm", False),
-            rotary_interleaved=_get(config, "rotary_interleaved", False),
-            softmax_scale=config.get("softmax_scale"),
-        ),
-        vocab_rows=rows,
-        vocab_size=min(config.get("vocab_size") or vocab_size or rows, rows),
-        max_sequence_length=length,
-        position_embedding_type=position,
-        rotary_percent=float(_get(config, "rotary_percentage", 1.0)),
-        rotary_base=float(_get(config, "rotary_base", 10000)),
-        rope_scaling=bool(_get(config, "scale_positional_embedding", False)),
-        rope_scaling_factor=float(_get(config, "scale_factor", _get(config, "rope_scaling_factor", 8.0))),
-        seq_len_interpolation_factor=float(interpolation) if interpolation else None,
-        share_embeddings_and_output_weights=bool(_get(config, "share_embeddings_and_output_weights", True)),
-    )
+    given = {key: value for key, value in config.items() if value is not None}
+    length = given.get("max_position_embeddings", _DEFAULTS["encoder_seq_length"])
+    given = _DEFAULTS | {"encoder_seq_length": length} | given
+    given["normalization"] = given["normalization"].lower()
+    activation = one_of(given, "activation", ACTIVATIONS, where)
+    normalization = one_of(given, "normalization", NORMALIZATIONS, where)
+    fields = {name: given[name] for name in _SAME_NAME if name in given} | {
+        "activation_func": gelu_tanh if given.get("openai_gelu") else ACTIVATIONS[activation],
+        "bias_activation_fusion": given["bias_activation_fusion"],
+        "gated_linear_unit": activation.endswith("glu"),
+        "normalization": NORMALIZATIONS[normalization],
+        "add_bias_linear": given["bias"],
+        "add_qkv_bias": given.get("qkv_bias", False),
+        "position_embedding_type": given["position_embedding_type"],
+        "rotary_percent": given.get("rotary_percentage"),
+        "rotary_base": given.get("rotary_base"),
+        "rope_scaling": given.get("scale_positional_embedding"),
+        "rope_scaling_factor": given.get("scale_factor", given.get("rope_scaling_factor")),
+        "seq_len_interpolation_factor": given.get("seq_len_interpolation_factor"),
+        "seq_length": given["encoder_seq_length"],
+        "share_embeddings_and_output_weights": given["share_embeddings_and_output_weights"],
+        "vocab_size": given.get("vocab_size"),
+    }
+    if normalization == "layernorm1p":
+        fields["layernorm_zero_centered_gamma"] = True
+    return architecture_from_fields(fields, tensors, vocab_size, where)
 
 
 def to_nemo1_config(architecture: Architecture, precision: str) -> dict[str, Any]:
@@ -150,31 +130,26 @@ def to_nemo1_config(architecture: Architecture, precision: str) -> dict[str, Any
     precision: "32" or "bf16", NeMo's `precision`. What NeMo 1 has no key for (vocab_size, some activations) is written
     under this project's names. Raises CheckpointError for an activation that has no name.
     """
-    transformer = architecture.transformer
-    activation, openai_gelu = _activation_name(architecture)
-    config: dict[str, Any] = {
+    fields = fields_of(architecture)
+    activation, openai_gelu = _activation_name(fields["activation_func"], fields["gated_linear_unit"])
+    return {
         "mcore_gpt": True,
         "transformer_engine": True,
         "precision": 32 if precision == "32" else precision,
-        "encoder_seq_length": architecture.max_sequence_length,
-        "max_position_embeddings": architecture.max_sequence_length,
+        "encoder_seq_length": fields["seq_length"],
+        "max_position_embeddings": fields["seq_length"],
         "activation": activation,
         "openai_gelu": openai_gelu,
         "bias_activation_fusion": False,
-        "bias": transformer["add_bias_linear"],
-        "qkv_bias": transformer["add_qkv_bias"],
-        "normalization": "rmsnorm" if transformer["normalization"] == "RMSNorm" else "layernorm",
+        "bias": fields["add_bias_linear"],
+        "qkv_bias": fields["add_qkv_bias"],
+        "normalization": fields["normalization"].lower(),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "ffn_dropout": 0.0,
-        "position_embedding_type": architecture.position_embedding_type,
-        "rotary_percentage": architecture.rotary_percent,
-        "rotary_base": architecture.rotary_base,
-        "scale_positional_embedding": architecture.rope_scaling,
-        "scale_factor": architecture.rope_scaling_factor,
-        "seq_len_interpolation_factor": architecture.seq_len_interpolation_factor,
-        "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
-        "vocab_size": architecture.vocab_size,
+        "rotary_percentage": fields["rotary_percent"],
+        "scale_positional_embedding": fields["rope_scaling"],
+        "scale_factor": fields["rope_scaling_factor"],
         "override_vocab_size": architecture.vocab_rows,
         "make_vocab_size_divisible_by": 1,
         "apply_query_key_layer_scaling": False,
@@ -184,30 +159,18 @@ def to_nemo1_config(architecture: Architecture, precision: str) -> dict[str, Any
         "headscale": False,
         # NeMo 1 does not build a model without it, not even to generate.
         "optim": {"name": "fused_adam", "lr": 1e-5},
+        **{name: fields[name] for name in sorted(_SAME_NAME | _ALSO_WRITTEN)},
     }
-    return config | {name: transformer[name] for name in sorted(_SAME_NAME)}
 
 
-def _activation_name(architecture: Architecture) -> tuple[str, bool]:
+def _activation_name(func: Any, gated: bool) -> tuple[str, bool]:
     """NeMo 1's `activation` and `openai_gelu`."""
-    func, gated = architecture.transformer["activation_func"], architecture.transformer["gated_linear_unit"]
     if func is gelu_tanh:
         return "geglu" if gated else "gelu", True
     names = [name for name, known in ACTIVATIONS.items() if known is func and name.endswith("glu") == gated]
     if not names:
         raise CheckpointError(f"The activation {func} has no name in a .nemo configuration.")
     return next((name for name in names if name.startswith("fast-")), names[0]), False
-
-
-def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = config.get(key)
-    return default if value is None else value
-
-
-def _required(config: Mapping[str, Any], key: str, where: str) -> Any:
-    if config.get(key) is None:
-        raise CheckpointError(f"{where} has no {key}: it is not the configuration of a GPT.")
-    return config[key]
 
 
 def _refuse(config: Mapping[str, Any], where: str) -> None:

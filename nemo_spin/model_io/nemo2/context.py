@@ -7,29 +7,22 @@ and is what NeMo itself loads. Both are made of one description, in which a Pyth
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.megatron.architecture import Architecture, gelu_tanh, quick_gelu, squared_relu
+from nemo_spin.megatron.architecture import Architecture, gelu_tanh, squared_relu
 from nemo_spin.model_io.fields.supported import LLAMA31_SCALING
+from nemo_spin.model_io.fields.transformer import ACTIVATION_NAMES, fields_of, target
 from nemo_spin.model_io.nemo2.fiddle_graph import fiddle_graph
 
 _MODELS = "nemo.collections.llm.gpt.model."
-_ACTIVATIONS: dict[Callable[[Tensor], Tensor], str] = {
-    F.silu: "torch.nn.functional.silu",
-    F.gelu: "torch.nn.functional.gelu",
-    F.relu: "torch.nn.functional.relu",
-    squared_relu: "megatron.core.activations.squared_relu",
-    quick_gelu: "megatron.core.activations.quick_gelu",
-    gelu_tanh: "nemo.collections.llm.fn.activation.openai_gelu",
-}
+_ACTIVATIONS = ACTIVATION_NAMES | {gelu_tanh: "nemo.collections.llm.fn.activation.openai_gelu"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,8 +53,8 @@ def describe_model(
     module, model_class, config_class = _classes(architecture)
     config = {"_target_": f"{_MODELS}{module}.{config_class}", **_config(architecture)}
     config |= {
-        "params_dtype": _callable(str(dtype)),
-        "pipeline_dtype": _callable(str(dtype)),
+        "params_dtype": target(str(dtype)),
+        "pipeline_dtype": target(str(dtype)),
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
     }
@@ -109,32 +102,23 @@ def _classes(architecture: Architecture) -> tuple[str, str, str]:
 
 
 def _config(architecture: Architecture) -> dict[str, Any]:
-    transformer = architecture.transformer
-    activation = transformer["activation_func"]
+    config = fields_of(architecture)
+    activation = config["activation_func"]
     if activation not in _ACTIVATIONS:
         raise CheckpointError(
             f"The activation {getattr(activation, '__name__', activation)} has no name in NeMo 2: known are "
             f"{', '.join(name.rsplit('.', 1)[-1] for name in _ACTIVATIONS.values())}."
         )
-    padded = architecture.vocab_rows > architecture.vocab_size
-    config = transformer | {
-        "activation_func": _callable(_ACTIVATIONS[activation]),
-        # Of the fused activations only that of SwiGLU computes the same as the plain one.
-        "bias_activation_fusion": activation is F.silu and transformer["gated_linear_unit"],
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "seq_length": architecture.max_sequence_length,
-        "position_embedding_type": architecture.position_embedding_type,
-        "rotary_percent": architecture.rotary_percent,
-        "rotary_base": architecture.rotary_base,
-        "seq_len_interpolation_factor": architecture.seq_len_interpolation_factor,
-        "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
-        # NeMo makes as many rows as vocab_size says, or pads the tokenizer's number of ids where it says nothing.
-        "vocab_size": None if padded else architecture.vocab_rows,
-    }
-    if padded:
+    # The class says whether rotary embeddings are scaled.
+    del config["rope_scaling"], config["rope_scaling_factor"]
+    config["activation_func"] = target(_ACTIVATIONS[activation])
+    # Of the fused activations only that of SwiGLU computes the same as the plain one.
+    config["bias_activation_fusion"] = activation is F.silu and config["gated_linear_unit"]
+    # NeMo makes as many rows as vocab_size says, or pads the tokenizer's number of ids where it says nothing.
+    if architecture.vocab_rows > architecture.vocab_size:
+        config["vocab_size"] = None
         config["make_vocab_size_divisible_by"] = _padding_multiple(architecture.vocab_rows, architecture.vocab_size)
-    if transformer["rotary_interleaved"]:
+    if config["rotary_interleaved"]:
         config["apply_rope_fusion"] = False
     return config
 
@@ -145,7 +129,3 @@ def _padding_multiple(rows: int, vocab_size: int) -> int:
     NeMo pads to a multiple of this times the tensor-parallel size: the smaller it is, the more layouts get these rows.
     """
     return next(multiple for multiple in range(rows - vocab_size + 1, rows + 1) if rows % multiple == 0)
-
-
-def _callable(name: str) -> dict[str, Any]:
-    return {"_target_": name, "_call_": False}

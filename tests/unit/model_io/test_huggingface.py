@@ -177,7 +177,7 @@ def test_what_no_class_computes(fields: dict[str, Any], words: str) -> None:
 
 
 def test_generation_config_holds_what_is_known(tmp_path: Path) -> None:
-    write_huggingface_config(read(), torch.float32, tmp_path, eos_token_id=(1, 2), pad_token_id=0)
-    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [1, 2], "pad_token_id": 0}
+    write_huggingface_config(read(), torch.float32, tmp_path, eos_token_id=[1, 2])
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["torch_dtype"]) == (None, [1, 2], "float32")
