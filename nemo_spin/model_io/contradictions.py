@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, layer_tensors, outer_tensors
-from nemo_spin.model_io.stores.interface import EMBEDDING, LAYERS, OUTPUT_LAYER, POSITIONS, StoredTensor
+from nemo_spin.model_io.fields.transformer import fields_of
+from nemo_spin.model_io.stores.interface import LAYERS, StoredTensor, refused_dtype
 
-_QK_NORMS = tuple(f"{which}_layernorm.{kind}" for which in "qk" for kind in ("weight", "bias"))
+# Parts of the name of a tensor, megatron-core's or Hugging Face's -> the fields that decide whether it exists and what
+# its shape is. The first row counts.
+_DECIDED_BY = {
+    ("word_embeddings", "output_layer", "embed_tokens", "lm_head"): (
+        "vocab_size hidden_size share_embeddings_and_output_weights"
+    ),
+    ("position_embeddings",): "position_embedding_type hidden_size",
+    ("q_layernorm", "k_layernorm", "q_norm", "k_norm"): "num_layers kv_channels normalization qk_layernorm",
+    ("norm",): "num_layers hidden_size normalization",
+    (".bias",): "num_layers add_bias_linear add_qkv_bias",
+    ("attn", "attention"): "num_layers hidden_size num_attention_heads num_query_groups kv_channels",
+    ("mlp",): "num_layers hidden_size ffn_hidden_size gated_linear_unit",
+}
 
 
 def expected_tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -28,54 +40,48 @@ def each_expected(architecture: Architecture) -> Iterator[tuple[str, tuple[int, 
 
 def check_against(tensors: Mapping[str, StoredTensor], architecture: Architecture, origin: str) -> None:
     """Raises CheckpointError, naming tensor and configuration, where the stored tensors contradict the architecture."""
-    expected = set()
-    for name, shape in each_expected(architecture):
-        expected.add(name)
-        if name not in tensors:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    quotes = {name: f"{name}: {value}" for name, value in fields_of(architecture).items() if name != "vocab_size"}
+    check_shapes(shapes, each_expected(architecture), origin, "configuration", quotes)
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise refused_dtype(origin, name, tensor.dtype)
+
+
+def check_shapes(
+    stored: Mapping[str, tuple[int, ...]],
+    expected: Iterable[tuple[str, tuple[int, ...]]],
+    origin: str,
+    config: str,
+    quotes: Mapping[str, str],
+) -> None:
+    """Raises CheckpointError where stored tensors are missing, of another shape or too many.
+
+    origin, config: what the checkpoint and its configuration are called in messages. quotes: field (of `fields_of`) ->
+    what the configuration says of it ("num_layers: 2"), for those fields that it has.
+    """
+    names = set()
+    for name, shape in expected:
+        names.add(name)
+        if name not in stored:
             raise CheckpointError(
-                f"{origin} holds no tensor {name}, which its configuration asks for{reason(name, architecture)}."
+                f"{origin} holds no tensor {name}, which its {config} asks for{_reason(name, quotes)}."
             )
-        if tensors[name].shape != shape:
+        if stored[name] != shape:
             raise CheckpointError(
-                f"{origin} contradicts itself: tensor {name} is {list(tensors[name].shape)}, but its configuration "
-                f"makes it {list(shape)}{reason(name, architecture)}."
+                f"{origin} contradicts itself: tensor {name} is {list(stored[name])}, but its {config} makes it "
+                f"{list(shape)}{_reason(name, quotes)}."
             )
-        if not tensors[name].dtype.is_floating_point or tensors[name].dtype.itemsize < 2:
+    for name in stored:
+        if name not in names:
             raise CheckpointError(
-                f"{origin} stores {name} as {tensors[name].dtype}, which is not supported: re-save it in bf16 or fp32."
-            )
-    for name in tensors:
-        if name not in expected:
-            raise CheckpointError(
-                f"{origin} holds a tensor {name} that its configuration does not ask for{reason(name, architecture)}: "
-                "it is another kind of model than the configuration says."
+                f"{origin} holds a tensor {name} that its {config} does not ask for{_reason(name, quotes)}: it is "
+                "another kind of model than the configuration says."
             )
 
 
-def reason(name: str, architecture: Architecture) -> str:
-    """The keys of the configuration that decide whether a tensor exists and what its shape is, in parentheses."""
-    transformer = architecture.transformer
-    if name in (EMBEDDING, OUTPUT_LAYER):
-        fields: dict[str, Any] = {
-            "share_embeddings_and_output_weights": architecture.share_embeddings_and_output_weights,
-            "hidden_size": transformer["hidden_size"],
-        }
-    elif name == POSITIONS:
-        fields = {
-            "position_embedding_type": architecture.position_embedding_type,
-            "hidden_size": transformer["hidden_size"],
-        }
-    elif "norm" in name:
-        names = ["num_layers", "hidden_size", "normalization"] + (["qk_layernorm"] if name.endswith(_QK_NORMS) else [])
-        fields = {name: transformer[name] for name in names}
-    elif name.endswith(".bias"):
-        fields = {name: transformer[name] for name in ("num_layers", "add_bias_linear", "add_qkv_bias")}
-    elif "linear_qkv" in name or "linear_proj" in name:
-        names = ["num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"]
-        fields = {name: transformer[name] for name in names}
-    elif "linear_fc" in name:
-        names = ["num_layers", "hidden_size", "ffn_hidden_size", "gated_linear_unit"]
-        fields = {name: transformer[name] for name in names}
-    else:
-        return ""
-    return " (" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + ")"
+def _reason(name: str, quotes: Mapping[str, str]) -> str:
+    """What the configuration says that decides on a tensor, in parentheses."""
+    fields = next((fields for parts, fields in _DECIDED_BY.items() if any(part in name for part in parts)), "")
+    quoted = [quotes[field] for field in fields.split() if field in quotes]
+    return f" ({', '.join(quoted)})" if quoted else ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_spin.errors import CheckpointError
+from nemo_spin.errors import CheckpointError, one_line
 from nemo_spin.megatron.architecture import Architecture
-from nemo_spin.model_io.contradictions import each_expected
+from nemo_spin.model_io.contradictions import check_shapes, each_expected
+from nemo_spin.model_io.fields.transformer import fields_of
+from nemo_spin.model_io.huggingface.config import CONFIG, KEYS
 from nemo_spin.model_io.huggingface.layout import (
     INDEX,
     OUTER,
@@ -22,7 +25,7 @@ from nemo_spin.model_io.huggingface.layout import (
     huggingface_shapes,
     segments,
 )
-from nemo_spin.model_io.stores.interface import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor
+from nemo_spin.model_io.stores.interface import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor, refused_dtype
 from nemo_spin.model_io.untrusted.plain_data import read_json
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,8 +33,18 @@ _AGAIN = "copy it again or use another checkpoint"
 _LFS = b"version https://git-lfs"
 
 
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor of a file. name: the one that it has there. dtype: as safetensors writes it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class HuggingFaceStore:
-    """A WeightStore (see `weight_store`) over the safetensors files of a directory."""
+    """A WeightStore over the safetensors files of a directory."""
 
     def __init__(self, directory: Path, architecture: Architecture, origin: str) -> None:
         """Reads the headers of the files, no weights.
@@ -41,21 +54,19 @@ class HuggingFaceStore:
         """
         self._architecture = architecture
         self._origin = origin
-        self._names: dict[str, str] = {}
-        self._where: dict[str, Path] = {}
-        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._stored: dict[str, _Stored] = {}
         for file in _files(Path(directory), origin):
             with _opened(file, origin) as opened:
                 for name in opened.keys():  # noqa: SIM118
                     header = opened.get_slice(name)
-                    self._where[name] = file
-                    self._headers[name] = (tuple(header.get_shape()), header.get_dtype())
-        _check_index(Path(directory), self._where, origin)
+                    self._stored[name] = _Stored(file, name, tuple(header.get_shape()), header.get_dtype())
+        _check_index(Path(directory), self._stored, origin)
         embedding, output = OUTER[EMBEDDING], OUTER[OUTPUT_LAYER]
-        if architecture.share_embeddings_and_output_weights and embedding not in self._where and output in self._where:
+        if architecture.share_embeddings_and_output_weights and embedding not in self._stored:
             # Some tools store a tied weight under its other name only.
-            self._names = {embedding: output}
-        self.tensors = self._checked()
+            self._stored |= {embedding: self._stored[output]} if output in self._stored else {}
+        self._check()
+        self.tensors = {name: StoredTensor(shape, self._dtype(name)) for name, shape in each_expected(architecture)}
 
     def read(self, name: str, region: Region | None = None) -> Tensor:
         """See `WeightStore.read`; only the rows of the region are read."""
@@ -71,50 +82,34 @@ class HuggingFaceStore:
                 row += segment.rows
                 if start >= stop:
                     continue
-                stored_name = self._names.get(segment.name, segment.name)
-                file = self._where[stored_name]
-                if file not in files:
-                    files[file] = stack.enter_context(_opened(file, self._origin))
+                piece = self._stored[segment.name]
+                if piece.file not in files:
+                    files[piece.file] = stack.enter_context(_opened(piece.file, self._origin))
                 wanted = (slice(segment.start + start, segment.start + stop), *columns)
-                parts.append(files[file].get_slice(stored_name)[wanted].to(stored.dtype))
+                parts.append(files[piece.file].get_slice(piece.name)[wanted].to(stored.dtype))
             # torch.cat copies, always: what safetensors returns lies in the file's pages.
             return torch.cat(parts) if parts else torch.empty(stored.shape, dtype=stored.dtype)[(rows, *columns)]
 
-    def _checked(self) -> dict[str, StoredTensor]:
-        """What is stored, by megatron-core's names."""
-        left = dict(self._where)
-        found = {}
-        for name, shape in each_expected(self._architecture):
-            dtypes = []
-            for wanted, wanted_shape in huggingface_shapes(name, shape, self._architecture).items():
-                wanted = self._names.get(wanted, wanted)
-                if left.pop(wanted, None) is None:
-                    raise CheckpointError(
-                        f"{self._origin} holds no tensor {wanted}, which its config.json asks for"
-                        f"{_reason(wanted, self._architecture)}."
-                    )
-                dtypes.append(self._check(wanted, wanted_shape))
-            found[name] = StoredTensor(shape, reduce(torch.promote_types, dtypes))
-        for name in left:
-            if not _is_ignored(name, self._architecture):
-                raise CheckpointError(
-                    f"{self._origin} holds a tensor {name} that its config.json does not ask for"
-                    f"{_reason(name, self._architecture)}: it is another kind of model than the configuration says."
-                )
-        return found
+    def _check(self) -> None:
+        architecture = self._architecture
+        expected = (
+            each
+            for name, shape in each_expected(architecture)
+            for each in huggingface_shapes(name, shape, architecture).items()
+        )
+        shapes = {name: each.shape for name, each in self._stored.items() if not _is_ignored(name, architecture)}
+        fields = fields_of(architecture)
+        quotes = {field: f"{key}: {fields[field]}" for field, key in KEYS.items()}
+        quotes["add_bias_linear"] = f"biases: {fields['add_bias_linear'] or fields['add_qkv_bias']}"
+        check_shapes(shapes, expected, self._origin, CONFIG, quotes)
+        for name in shapes:
+            if self._stored[name].dtype not in _DTYPES:
+                raise refused_dtype(self._origin, name, self._stored[name].dtype)
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> torch.dtype:
-        stored, dtype = self._headers[name]
-        if stored != shape:
-            raise CheckpointError(
-                f"{self._origin} contradicts itself: tensor {name} is {list(stored)}, but its config.json makes it "
-                f"{list(shape)}{_reason(name, self._architecture)}."
-            )
-        if dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{self._origin} stores {name} as {dtype}, which is not supported: re-save it in bf16 or fp32."
-            )
-        return _DTYPES[dtype]
+    def _dtype(self, name: str) -> torch.dtype:
+        """That of a tensor of megatron-core, whose parts may differ."""
+        stored = (self._stored[segment.name].dtype for segment in segments(name, self._architecture))
+        return reduce(torch.promote_types, (_DTYPES[dtype] for dtype in stored))
 
 
 def _files(directory: Path, origin: str) -> list[Path]:
@@ -146,11 +141,11 @@ def _weight_map(directory: Path, origin: str) -> dict[str, str]:
         raise CheckpointError(f"{origin} is damaged: {INDEX} cannot be read; {_AGAIN}.") from None
 
 
-def _check_index(directory: Path, where: Mapping[str, Path], origin: str) -> None:
+def _check_index(directory: Path, stored: Container[str], origin: str) -> None:
     if (directory / SINGLE).is_file():
         return
     for name, file in _weight_map(directory, origin).items():
-        if name not in where:
+        if name not in stored:
             raise CheckpointError(f"{origin} contradicts itself: {INDEX} says that {file} holds {name}; it does not.")
 
 
@@ -164,40 +159,10 @@ def _opened(file: Path, origin: str) -> Iterator[Any]:
             raise CheckpointError(
                 f"{origin}: {file.name} is only a pointer of Git LFS to the file: fetch it with git lfs pull."
             ) from None
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{origin}: {file.name} is truncated or damaged ({reason}): {_AGAIN}.") from None
+        raise CheckpointError(f"{origin}: {file.name} is truncated or damaged ({one_line(error)}): {_AGAIN}.") from None
 
 
 def _is_ignored(name: str, architecture: Architecture) -> bool:
     """Buffers, and the copy that some write of tied embeddings: transformers does not read them either."""
     tied = architecture.share_embeddings_and_output_weights and name == OUTER[OUTPUT_LAYER]
     return tied or name.endswith("rotary_emb.inv_freq")
-
-
-def _reason(name: str, architecture: Architecture) -> str:
-    """The keys of config.json that decide whether a tensor exists and what its shape is."""
-    transformer = architecture.transformer
-    values = {
-        "num_hidden_layers": transformer["num_layers"],
-        "hidden_size": transformer["hidden_size"],
-        "intermediate_size": transformer["ffn_hidden_size"],
-        "num_attention_heads": transformer["num_attention_heads"],
-        "num_key_value_heads": transformer["num_query_groups"],
-        "head_dim": transformer["kv_channels"],
-        "vocab_size": architecture.vocab_size,
-        "tie_word_embeddings": architecture.share_embeddings_and_output_weights,
-        "biases": transformer["add_bias_linear"] or transformer["add_qkv_bias"],
-    }
-    if name in (OUTER[EMBEDDING], OUTER[OUTPUT_LAYER]):
-        keys = "vocab_size hidden_size tie_word_embeddings"
-    elif name.endswith(".bias"):
-        keys = "num_hidden_layers biases"
-    elif "_norm." in name:
-        keys = "num_hidden_layers head_dim"
-    elif "self_attn" in name:
-        keys = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads head_dim"
-    elif "mlp" in name:
-        keys = "num_hidden_layers hidden_size intermediate_size"
-    else:
-        keys = "num_hidden_layers hidden_size"
-    return " (" + ", ".join(f"{key}: {values[key]}" for key in keys.split()) + ")"

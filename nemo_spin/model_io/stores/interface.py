@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nemo_spin.errors import CheckpointError
+
 EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
@@ -48,3 +50,7 @@ class WeightStore(Protocol):
         Raises CheckpointError if it cannot be read.
         """
         ...
+
+
+def refused_dtype(origin: str, name: str, dtype: object) -> CheckpointError:
+    return CheckpointError(f"{origin} stores {name} as {dtype}, which is not supported: re-save it in bf16 or fp32.")

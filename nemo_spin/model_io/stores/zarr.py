@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.stores.interface import Region, StoredTensor
+from nemo_spin.model_io.stores.interface import Region, StoredTensor, refused_dtype
 from nemo_spin.model_io.stores.stacked import MOST_EXPANSION, StackedStore, check_volume
 from nemo_spin.model_io.untrusted.plain_data import read_json
 
@@ -95,9 +95,7 @@ def _describe(file: Path, origin: str) -> dict[str, Any]:
     if not whole:
         raise CheckpointError(f"{origin} is damaged: {file.parent.name}/.zarray does not describe an array.")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(
-            f"{origin} stores {file.parent.name} as {dtype}, which is not supported: re-save it in bf16 or fp32."
-        )
+        raise refused_dtype(origin, file.parent.name, dtype)
     return node
 
 
