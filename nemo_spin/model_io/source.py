@@ -21,7 +21,7 @@ from nemo_spin.runtime.collectives import gathered
 
 @dataclass
 class CheckpointSource:
-    """What `opening.open_checkpoint` yields. Its files may be temporary: use it inside.
+    """What `open_checkpoint` yields. Its files may be temporary: use it inside.
 
     path: the checkpoint, which may lie inside the directory that the user gave (`chosen` then says so).
     family: "nemo1", "nemo2", "megatron" (Megatron-LM), "bridge" (Megatron-Bridge) or "huggingface".
@@ -89,6 +89,17 @@ def understood(path: Path) -> Iterator[None]:
             f"{path} cannot be understood ({type(error).__name__}: {reason}): its description is damaged, or not as "
             "the program that it names writes it; use another checkpoint."
         ) from error
+
+
+def described(
+    describe: Callable[[Any, str], TokenizerDescription | None], node: Any, origin: str
+) -> TokenizerDescription | None:
+    """The tokenizer as the configuration describes it; None where it does not, or not as it should: another tokenizer
+    may take its place."""
+    try:
+        return describe(node, origin)
+    except CheckpointError:
+        return None
 
 
 def layout_in(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, squared_relu, transformer_fields
-from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_json
+from nemo_spin.model_io.untrusted.plain_data import read_mapping
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -97,13 +97,7 @@ def read_huggingface_config(directory: Path, origin: str) -> dict[str, Any]:
             f"{origin} holds an adapter ({ADAPTER_CONFIG}), not a whole model: merge it into its base model first "
             "(PEFT's merge_and_unload), and give the result."
         )
-    try:
-        config = read_json(directory / CONFIG)
-    except (OSError, PlainDataError) as error:
-        raise CheckpointError(f"{origin}: {CONFIG} cannot be read ({' '.join(str(error).split())}).") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{origin}: {CONFIG} is no mapping.")
-    return config
+    return read_mapping(directory / CONFIG, f"{origin}: {CONFIG}")
 
 
 def architecture_from_huggingface(config: Mapping[str, Any], where: str) -> Architecture:

@@ -12,7 +12,7 @@ from nemo_spin.model_io.huggingface.config import (
 )
 from nemo_spin.model_io.huggingface.weights import HuggingFaceStore
 from nemo_spin.model_io.source import CheckpointSource
-from nemo_spin.model_io.tokenizers import description as tokenizer_description
+from nemo_spin.model_io.tokenizers.description import from_huggingface
 
 
 def is_huggingface_directory(path: Path) -> bool:
@@ -31,7 +31,7 @@ def open_directory(path: Path) -> CheckpointSource:
         "huggingface",
         "safetensors",
         config,
-        tokenizer_description.from_huggingface(root),
+        from_huggingface(root),
         root,
         chosen=None if root == path else f"{root.name} is used, the version that refs/main in {path} names.",
         written_by=f"transformers {version}" if version else None,

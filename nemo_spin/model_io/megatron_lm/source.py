@@ -7,69 +7,53 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.megatron_lm import args as megatron_args
-from nemo_spin.model_io.megatron_lm import bridge as megatron_bridge
+from nemo_spin.model_io.megatron_lm.args import KEY_PREFIX, architecture_from_args
+from nemo_spin.model_io.megatron_lm.bridge import architecture_from_run_config, refuse_adapters
 from nemo_spin.model_io.megatron_lm.directory import RUN_CONFIG, Iteration
 from nemo_spin.model_io.megatron_lm.tokenizer import from_megatron
 from nemo_spin.model_io.source import CheckpointSource, layout_in
 from nemo_spin.model_io.stores.common_state import read_common_state
-from nemo_spin.model_io.stores.interface import WeightStore
-from nemo_spin.model_io.stores.torch_dist import TorchDistStore, read_backend
-from nemo_spin.model_io.stores.zarr import ZarrStore
-from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_yaml
+from nemo_spin.model_io.stores.open import open_store
+from nemo_spin.model_io.untrusted.plain_data import read_mapping
 
 
 def open_iteration(found: Iteration) -> CheckpointSource:
-    """The checkpoint that `megatron_directory.find_iteration` found.
+    """The checkpoint that `find_iteration` found.
 
     Megatron-Bridge's run_config.yaml counts where there is one, as Megatron-Bridge has it. Raises CheckpointError.
     """
     path = found.path
-    family, config, where = _configuration(path)
-    store = _store(path)
-    if family == "bridge":
-        tokenizer = from_megatron(config.get("tokenizer"), path, str(path))
-        make = megatron_bridge.architecture_from_run_config
+    if (path / RUN_CONFIG).is_file():
+        where = f"{path}: {RUN_CONFIG}"
+        config = read_mapping(path / RUN_CONFIG, where)
+        refuse_adapters(config, where)
+        family, make = "bridge", architecture_from_run_config
+        tokenizer, layout = config.get("tokenizer"), layout_in(config.get("model") or {})
     else:
-        tokenizer = from_megatron(config, path, str(path))
-        make = megatron_args.architecture_from_args
+        where = f"{path}: args"
+        config = _args(path)
+        family, make = "megatron", architecture_from_args
+        tokenizer, layout = config, layout_in(config)
+    store = open_store(path, KEY_PREFIX, str(path))
     return CheckpointSource(
         path,
         family,
-        read_backend(path, str(path)),
+        store.layout,
         config,
-        tokenizer,
+        from_megatron(tokenizer, path, str(path)),
         path,
         chosen=found.notice,
-        trained_layout=layout_in(config.get("model") or {} if family == "bridge" else config),
+        trained_layout=layout,
         _store=store,
         _architecture=lambda vocab_size: make(config, store.tensors, vocab_size, where),
     )
 
 
-def _configuration(path: Path) -> tuple[str, Mapping[str, Any], str]:
-    """Family, configuration, and what to call it in messages."""
-    file = path / RUN_CONFIG
-    where = f"{path}: {RUN_CONFIG}"
-    if file.is_file():
-        try:
-            config = read_yaml(file)
-        except (PlainDataError, OSError) as error:
-            raise CheckpointError(f"{where} is no YAML of plain data: {error}.") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{where} is no mapping.")
-        megatron_bridge.refuse_adapters(config, where)
-        return "bridge", config, where
+def _args(path: Path) -> Mapping[str, Any]:
     args = read_common_state(path, str(path)).get("args")
     if not isinstance(args, dict):
         raise CheckpointError(
             f"{path} holds weights, but no configuration of the model: neither {RUN_CONFIG} of Megatron-Bridge nor the "
             "args that Megatron-LM stores; a run that was started with --ckpt-format torch_dist stores them."
         )
-    return "megatron", args, f"{path}: args"
-
-
-def _store(path: Path) -> WeightStore:
-    layout = read_backend(path, str(path))
-    make = ZarrStore if layout == "zarr" else TorchDistStore
-    return make(path, megatron_args.KEY_PREFIX, str(path))
+    return args

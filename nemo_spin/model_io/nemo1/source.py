@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.nemo1 import archive as nemo_archive
-from nemo_spin.model_io.nemo1 import config as nemo1
-from nemo_spin.model_io.source import CheckpointSource, layout_in
-from nemo_spin.model_io.stores.interface import WeightStore
-from nemo_spin.model_io.stores.torch_dist import TorchDistStore
-from nemo_spin.model_io.stores.zarr import ZarrStore, is_zarr
-from nemo_spin.model_io.tokenizers import description as tokenizer_description
+from nemo_spin.model_io.nemo1.archive import CONFIG, WEIGHTS, member_sizes, unpack
+from nemo_spin.model_io.nemo1.config import KEY_PREFIX, architecture_from_nemo1
+from nemo_spin.model_io.source import CheckpointSource, described, layout_in
+from nemo_spin.model_io.stores.open import open_store
+from nemo_spin.model_io.tokenizers.description import from_nemo1
 from nemo_spin.model_io.untrusted import interpolation
-from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_yaml
+from nemo_spin.model_io.untrusted.plain_data import read_mapping
 
 
 def is_nemo1_directory(path: Path) -> bool:
-    return (path / nemo_archive.CONFIG).is_file()
+    return (path / CONFIG).is_file()
 
 
 def open_directory(path: Path) -> CheckpointSource:
@@ -33,80 +31,63 @@ def open_archive(path: Path, scratch: Path) -> CheckpointSource:
 
     Raises CheckpointError.
     """
-    sizes = nemo_archive.member_sizes(path)
-    if nemo_archive.CONFIG not in sizes:
-        raise CheckpointError(
-            f"{path} is a tar archive, but no .nemo: it holds no {nemo_archive.CONFIG}; or it is truncated."
-        )
+    sizes = member_sizes(path)
+    if CONFIG not in sizes:
+        raise CheckpointError(f"{path} is a tar archive, but no .nemo: it holds no {CONFIG}; or it is truncated.")
     _check_names(set(sizes), path)
-    nemo_archive.unpack(path, scratch, lambda name: name == nemo_archive.CONFIG)
-    wanted = _artifacts(_read_config(scratch / nemo_archive.CONFIG, path))
-    wanted |= {f"{nemo_archive.WEIGHTS}/.metadata", f"{nemo_archive.WEIGHTS}/metadata.json"}
+    unpack(path, scratch, lambda name: name == CONFIG)
+    wanted = _artifacts(_read_config(scratch / CONFIG, path))
+    wanted |= {f"{WEIGHTS}/.metadata", f"{WEIGHTS}/metadata.json"}
     wanted |= {name for name in sizes if name.endswith("/.zarray")}
-    nemo_archive.unpack(path, scratch, lambda name: name in wanted or name.split("/")[0] in wanted)
-    prefix = f"{nemo_archive.WEIGHTS}/"
+    unpack(path, scratch, lambda name: name in wanted or name.split("/")[0] in wanted)
+    prefix = f"{WEIGHTS}/"
 
     def extract() -> Path:
-        nemo_archive.unpack(path, scratch, lambda name: name.startswith(prefix))
-        return scratch / nemo_archive.WEIGHTS
+        unpack(path, scratch, lambda name: name.startswith(prefix))
+        return scratch / WEIGHTS
 
     weights = {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
     return _source(path, scratch, weights, extract)
 
 
 def _source(
-    path: Path, files: Path, sizes: Mapping[str, int] | None, unpack: Callable[[], Path] | None
+    path: Path, files: Path, sizes: Mapping[str, int] | None, extract: Callable[[], Path] | None
 ) -> CheckpointSource:
-    """sizes, unpack: bytes of each file of the weights, and what unpacks them, where they are not yet."""
-    config = _read_config(files / nemo_archive.CONFIG, path)
-    try:
-        tokenizer = tokenizer_description.from_nemo1(config, str(path))
-    except CheckpointError:
-        tokenizer = None
-    weights = files / nemo_archive.WEIGHTS
-    layout = "zarr" if is_zarr(weights) else "torch_dist"
-    store_type: Callable[..., WeightStore] = ZarrStore if layout == "zarr" else TorchDistStore
-    store = store_type(weights, nemo1.KEY_PREFIX, str(path), sizes=sizes)
+    """sizes, extract: bytes of each file of the weights, and what unpacks them, where they are not yet."""
+    config = _read_config(files / CONFIG, path)
+    store = open_store(files / WEIGHTS, KEY_PREFIX, str(path), sizes)
     return CheckpointSource(
         path,
         "nemo1",
-        layout,
+        store.layout,
         config,
-        tokenizer,
+        described(from_nemo1, config, str(path)),
         files,
         written_by=f"NeMo {config['nemo_version']}" if config.get("nemo_version") else None,
         trained_layout=layout_in(config),
         _store=store,
-        _architecture=lambda vocab_size: nemo1.architecture_from_nemo1(
-            config, store.tensors, vocab_size, f"{path}: {nemo_archive.CONFIG}"
+        _architecture=lambda vocab_size: architecture_from_nemo1(
+            config, store.tensors, vocab_size, f"{path}: {CONFIG}"
         ),
-        _unpack=unpack,
-        _store_in=lambda directory: store_type(directory, nemo1.KEY_PREFIX, str(path)),
+        _unpack=extract,
+        _store_in=lambda directory: open_store(directory, KEY_PREFIX, str(path)),
     )
 
 
 def _check_names(names: set[str], path: Path) -> None:
-    if any(name.startswith(f"{nemo_archive.WEIGHTS}/") for name in names):
+    if any(name.startswith(f"{WEIGHTS}/") for name in names):
         return
     if any(name.endswith("model_weights.ckpt") for name in names):
         raise CheckpointError(
             f"{path} holds its weights in model_weights.ckpt, NeMo's layout of before megatron-core's distributed "
             "checkpoints: convert it with NeMo 1's convert_gpt_nemo_to_mcore.py script."
         )
-    raise CheckpointError(
-        f"{path} holds no {nemo_archive.WEIGHTS}/ directory: it is no GPT of NeMo 1, or it is incomplete."
-    )
+    raise CheckpointError(f"{path} holds no {WEIGHTS}/ directory: it is no GPT of NeMo 1, or it is incomplete.")
 
 
 def _read_config(file: Path, path: Path) -> dict[str, Any]:
     """The configuration as plain data; what it interpolates from elsewhere than the file stays as written."""
-    try:
-        loaded = read_yaml(file)
-    except (PlainDataError, OSError) as error:
-        raise CheckpointError(f"{path}: {nemo_archive.CONFIG} cannot be read: {error}.") from None
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: {nemo_archive.CONFIG} is no mapping.")
-    return interpolation.resolve(loaded)
+    return interpolation.resolve(read_mapping(file, f"{path}: {CONFIG}"))
 
 
 def _artifacts(config: Mapping[str, Any]) -> set[str]:

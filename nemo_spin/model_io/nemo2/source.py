@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.nemo2 import config as nemo2
-from nemo_spin.model_io.source import CheckpointSource, layout_in
+from nemo_spin.model_io.nemo2.config import KEY_PREFIX, architecture_from_nemo2
+from nemo_spin.model_io.source import CheckpointSource, described, layout_in
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore
-from nemo_spin.model_io.tokenizers import description as tokenizer_description
-from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_yaml
+from nemo_spin.model_io.tokenizers.description import from_nemo2
+from nemo_spin.model_io.untrusted.plain_data import read_mapping
 
 
 def is_nemo2_directory(path: Path) -> bool:
@@ -30,30 +30,20 @@ def open_directory(path: Path) -> CheckpointSource:
         raise CheckpointError(
             f"{path} was not written to its end, as {_unfinished(root).name} beside it says: use another checkpoint."
         )
-    try:
-        config = read_yaml(description)
-    except (PlainDataError, OSError) as error:
-        raise CheckpointError(f"{path}: context/model.yaml is no YAML of plain data: {error}.") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: context/model.yaml is no mapping.")
-    try:
-        tokenizer = tokenizer_description.from_nemo2(config.get("tokenizer"), str(path))
-    except CheckpointError:
-        tokenizer = None
+    where = f"{path}: context/model.yaml"
+    config = read_mapping(description, where)
     weights = root / "weights" if (root / "weights").is_dir() else root
-    store = TorchDistStore(weights, nemo2.KEY_PREFIX, str(path))
+    store = TorchDistStore(weights, KEY_PREFIX, str(path))
     return CheckpointSource(
         path,
         "nemo2",
-        "torch_dist",
+        store.layout,
         config,
-        tokenizer,
+        described(from_nemo2, config.get("tokenizer"), str(path)),
         description.parent,
         trained_layout=layout_in(config.get("config") or {}),
         _store=store,
-        _architecture=lambda vocab_size: nemo2.architecture_from_nemo2(
-            config, store.tensors, vocab_size, f"{path}: context/model.yaml"
-        ),
+        _architecture=lambda vocab_size: architecture_from_nemo2(config, store.tensors, vocab_size, where),
     )
 
 

@@ -21,7 +21,9 @@ _WEIGHTS = ("embedding.", "decoder.", "output_layer.")
 
 
 class StackedStore(ABC):
-    """A WeightStore over arrays under megatron-core's names. A subclass gives `_read`."""
+    """A WeightStore over arrays under megatron-core's names. A subclass gives `layout`, its name, and `_read`."""
+
+    layout: str
 
     def __init__(self, arrays: Mapping[str, StoredTensor], prefix: str, origin: str) -> None:
         """arrays: all that is stored, by full name; optimizer state and `_extra_state` are left out here.

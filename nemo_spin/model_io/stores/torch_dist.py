@@ -52,6 +52,8 @@ _PIECE = 512 * 2**20
 class TorchDistStore(StackedStore):
     """The weights of a torch_dist directory."""
 
+    layout = "torch_dist"
+
     def __init__(
         self, directory: Path, prefix: str, origin: str, metadata: Any = None, sizes: Mapping[str, int] | None = None
     ) -> None:

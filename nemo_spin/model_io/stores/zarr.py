@@ -32,6 +32,8 @@ _DTYPES = {
 class ZarrStore(StackedStore):
     """The weights of a zarr directory."""
 
+    layout = "zarr"
+
     def __init__(self, directory: Path, prefix: str, origin: str, sizes: Mapping[str, int] | None = None) -> None:
         """prefix: before the names of weights. origin: names the checkpoint in messages.
 

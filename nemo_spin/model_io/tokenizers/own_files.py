@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.untrusted.plain_data import PlainDataError, read_json
+from nemo_spin.model_io.untrusted.plain_data import read_mapping
 
 # What a tokenizer may consist of; other files beside it (weights, model cards) are not its own.
 PATTERNS = (
@@ -42,7 +42,7 @@ def read_own_files(directory: Path) -> dict[str, bytes]:
     names = sorted({path.name for pattern in PATTERNS for path in directory.glob(pattern) if path.is_file()})
     found = {name: _content(directory, name) for name in names}
     if _SETTINGS in found:
-        settings = _settings(directory / _SETTINGS)
+        settings = read_mapping(directory / _SETTINGS, str(directory / _SETTINGS))
         kept = {key: value for key, value in settings.items() if key != "auto_map" and not _names_file(key, value)}
         if len(kept) < len(settings):
             found[_SETTINGS] = json.dumps(kept, indent=2, ensure_ascii=False).encode()
@@ -56,7 +56,7 @@ def as_directory(files: dict[str, bytes], beside: Path) -> Iterator[Path]:
         for name, content in files.items():
             (Path(scratch) / name).write_bytes(content)
         if (beside / MODEL_CONFIG).is_file():
-            config = _settings(beside / MODEL_CONFIG)
+            config = read_mapping(beside / MODEL_CONFIG, str(beside / MODEL_CONFIG))
             kept = {key: config[key] for key in _OF_MODEL_CONFIG if isinstance(config.get(key), str)}
             (Path(scratch) / MODEL_CONFIG).write_text(json.dumps(kept), encoding="utf-8")
         yield Path(scratch)
@@ -76,16 +76,6 @@ def _content(directory: Path, name: str) -> bytes:
     if len(content) > _LARGEST:
         raise CheckpointError(f"{directory / name} is larger than {_LARGEST // 2**20} MiB: it is no tokenizer's file.")
     return content
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = read_json(file)
-    except (PlainDataError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}.") from None
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} is no mapping.")
-    return settings
 
 
 def _names_file(key: str, value: Any) -> bool:

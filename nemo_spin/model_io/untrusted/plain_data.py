@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from nemo_spin.errors import CheckpointError, one_line
+
 # A configuration of NeMo or transformers has some 10 KB, the index of a large model's weights 2 MB, a hundred values,
 # and is five levels deep.
 LARGEST_YAML = 2 * 2**20
@@ -48,6 +50,20 @@ def read_json(file: Path) -> Any:
     except ValueError as error:
         raise PlainDataError(" ".join(str(error).split())[:500]) from None
     _check_depth(loaded)
+    return loaded
+
+
+def read_mapping(file: Path, called: str) -> dict[str, Any]:
+    """The mapping that a YAML or JSON file holds.
+
+    called: what the file is called in messages. Raises CheckpointError if it cannot be read, or holds something else.
+    """
+    try:
+        loaded = read_json(file) if file.suffix == ".json" else read_yaml(file)
+    except (PlainDataError, OSError) as error:
+        raise CheckpointError(f"{called} cannot be read as plain data: {one_line(error)}.") from None
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{called} is no mapping.")
     return loaded
 
 
