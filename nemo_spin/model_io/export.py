@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,39 +40,27 @@ from nemo_spin.model_io.weights import save_weights
 from nemo_spin.runtime.kill_points import reached
 
 
-class Weights(Protocol):
-    """The weights of a model, to be written. Every process that has a part of them makes the same calls."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of most of the parameters."""
-        ...
-
-    def write_torch_dist(self, directory: Path, prefix: str) -> None:
-        """As megatron-core's torch_dist, with `prefix` before the names."""
-        ...
-
-    def write_huggingface(self, directory: Path, architecture: Architecture) -> None:
-        """As safetensors files, under Hugging Face's names."""
-        ...
-
-
 class StoredWeights:
-    """Those of a checkpoint, in one process, a piece in memory at a time."""
+    """The weights of a checkpoint, in one process, a piece in memory at a time.
+
+    dtype: of most of the parameters.
+    """
 
     def __init__(self, store: WeightStore) -> None:
         self._store = store
         self.dtype = store.tensors[EMBEDDING].dtype
 
     def write_torch_dist(self, directory: Path, prefix: str) -> None:
+        """As megatron-core's torch_dist, with `prefix` before the names."""
         write_torch_dist(self._store, directory, prefix)
 
     def write_huggingface(self, directory: Path, architecture: Architecture) -> None:
+        """As safetensors files, under Hugging Face's names."""
         write_huggingface_weights(self._store, architecture, directory)
 
 
 class LiveWeights:
-    """Those of a model in its parallel layout; every process of the default group calls."""
+    """Those of a model in its parallel layout: the same methods, which every process of the default group calls."""
 
     def __init__(self, gpt: GPTModel, architecture: Architecture) -> None:
         self._gpt, self._architecture = gpt, architecture
@@ -99,7 +87,7 @@ class Content:
     """
 
     architecture: Architecture
-    weights: Weights
+    weights: StoredWeights | LiveWeights
     tokenizer: NeMoTokenizer | None
     nemo_config: dict[str, Any] = field(default_factory=dict)
 
@@ -113,7 +101,7 @@ def check_expressible(architecture: Architecture, dtype: torch.dtype, file_forma
     describe: dict[str, Callable[[], object]] = {
         "nemo": lambda: nemo1.to_nemo1_config(architecture, "32"),
         "nemo2": lambda: nemo2_context.describe_model(architecture, dtype, None),
-        "megatron": lambda: megatron_directory.common_state(architecture, dtype, None),
+        "megatron": lambda: megatron_args.to_args(architecture, dtype),
         "hf": lambda: to_huggingface_config(architecture, dtype),
     }
     describe[file_format]()

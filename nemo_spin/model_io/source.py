@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_spin.errors import CheckpointError
+from nemo_spin.errors import CheckpointError, one_line
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.contradictions import check_against
 from nemo_spin.model_io.stores.interface import StoredTensor, WeightStore
@@ -84,7 +84,7 @@ def understood(path: Path) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise CheckpointError(
             f"{path} cannot be understood ({type(error).__name__}: {reason}): its description is damaged, or not as "
             "the program that it names writes it; use another checkpoint."

@@ -27,7 +27,6 @@ from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.model_io.megatron_lm.args import architecture_from_args, to_args
 from nemo_spin.model_io.megatron_lm.bridge import architecture_from_run_config, to_run_config
 from nemo_spin.model_io.megatron_lm.directory import (
-    common_state,
     find_iteration,
     iteration_directory,
     write_megatron_directory,
@@ -119,7 +118,7 @@ def write_again(root: Path, copy: Path) -> None:
     source = open_iteration(find_iteration(root))
     architecture = source.architecture()
     iteration = iteration_directory(copy)
-    write_torch_dist(source.weights(), iteration, "", common_state(architecture, torch.float32, None))
+    write_torch_dist(source.weights(), iteration, "")
     write_megatron_directory(copy, architecture, torch.float32)
 
 

@@ -25,7 +25,7 @@ from nemo_spin.model_io.huggingface.layout import (
     huggingface_shapes,
     segments,
 )
-from nemo_spin.model_io.stores.interface import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor, refused_dtype
+from nemo_spin.model_io.stores.interface import EMBEDDING, OUTPUT_LAYER, Region, StoredTensor, incomplete, refused_dtype
 from nemo_spin.model_io.untrusted.plain_data import read_json
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -120,7 +120,7 @@ def _files(directory: Path, origin: str) -> list[Path]:
         files = sorted({directory / file for file in _weight_map(directory, origin).values()})
         for file in files:
             if not file.is_file():
-                raise CheckpointError(f"{origin} is incomplete: {file.name} is missing, which {INDEX} names; {_AGAIN}.")
+                raise incomplete(origin, f"{file.name} is missing, which {INDEX} names")
         return files
     if any(directory.glob("pytorch_model*.bin")):
         raise CheckpointError(
@@ -128,7 +128,7 @@ def _files(directory: Path, origin: str) -> list[Path]:
             "(transformers: from_pretrained, then save_pretrained)."
         )
     if any(directory.glob("*.safetensors")):
-        raise CheckpointError(f"{origin} is incomplete: neither {SINGLE} nor {INDEX} is there; {_AGAIN}.")
+        raise incomplete(origin, f"neither {SINGLE} nor {INDEX} is there")
     raise CheckpointError(f"{origin} holds a config.json, but no weights: {SINGLE} and {INDEX} are missing.")
 
 

@@ -8,7 +8,6 @@ ROOT/iter_0001000/ or ROOT/release/       the weights; common.pt, or run_config.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,15 +129,6 @@ def _refuse_format(iteration: Path) -> None:
         )
 
 
-def common_state(architecture: Architecture, dtype: torch.dtype, tokenizer: dict[str, Any] | None) -> dict[str, Any]:
-    """The content of common.pt, which has to lie beside the weights that Megatron-LM is to read.
-
-    dtype: of the stored weights. tokenizer: `megatron_tokenizer.to_megatron`'s fields, None where there is none.
-    """
-    args = argparse.Namespace(**to_args(architecture, dtype), **(tokenizer or {}), iteration=WRITTEN_ITERATION)
-    return {"args": args, "checkpoint_version": 3.0, "iteration": WRITTEN_ITERATION}
-
-
 def iteration_directory(root: Path) -> Path:
     """Where `write_megatron_directory` expects the weights, under names without a prefix."""
     return root / f"iter_{WRITTEN_ITERATION:07d}"
@@ -150,29 +140,24 @@ def write_megatron_directory(
     dtype: torch.dtype,
     tokenizer: tuple[str, str] | None = None,
     final_root: Path | None = None,
-) -> Path:
-    """Write what Megatron-LM and Megatron-Bridge read beside the weights, the tracker last; returns the iteration.
+) -> None:
+    """Write what Megatron-LM and Megatron-Bridge read beside the weights.
 
-    root: made if it is not there; the weights go to `iteration_directory(root)`, before or after. dtype: theirs.
-    tokenizer: its library and, for one whose files lie in the iteration, their place there ("tokenizer" or
-    "tokenizer/tokenizer.model"), else its absolute path or its name. final_root: where root will be renamed to: both
+    root: the weights are in `iteration_directory(root)`. dtype: theirs. tokenizer: its library, and the place of its
+    files in the iteration ("tokenizer" or "tokenizer/tokenizer.model"). final_root: where root will be renamed to: both
     readers take paths as they are written, not relative to the checkpoint.
     """
     iteration = iteration_directory(root)
-    iteration.mkdir(parents=True, exist_ok=True)
-    fields = None
+    fields: dict[str, Any] | None = None
     if tokenizer is not None:
-        library, source = tokenizer
-        if (iteration / source).exists():
-            source = str(iteration_directory((final_root or root).absolute()) / source)
-        fields = to_megatron(library, source)
-    _replace(iteration / "common.pt", lambda file: torch.save(common_state(architecture, dtype, fields), file))
-    config = yaml.safe_dump(to_run_config(architecture, dtype, fields))
-    _replace(iteration / RUN_CONFIG, lambda file: file.write_text(config))
+        library, place = tokenizer
+        fields = to_megatron(library, str(iteration_directory((final_root or root).absolute()) / place))
+    args = argparse.Namespace(**to_args(architecture, dtype), **(fields or {}), iteration=WRITTEN_ITERATION)
+    torch.save({"args": args, "checkpoint_version": 3.0, "iteration": WRITTEN_ITERATION}, iteration / "common.pt")
+    (iteration / RUN_CONFIG).write_text(yaml.safe_dump(to_run_config(architecture, dtype, fields)))
     for file in (iteration / _TRAIN_STATE, root / f"latest_{_TRAIN_STATE}"):
-        _replace(file, lambda beside: torch.save(_train_state(), beside))
-    _replace(root / TRACKER, lambda file: file.write_text(str(WRITTEN_ITERATION)))
-    return iteration
+        torch.save(_train_state(), file)
+    (root / TRACKER).write_text(str(WRITTEN_ITERATION))
 
 
 def _train_state() -> dict[str, torch.Tensor]:
@@ -184,9 +169,3 @@ def _train_state() -> dict[str, torch.Tensor]:
         "floating_point_operations_so_far": torch.tensor(0.0, dtype=torch.float64),
         **{name: torch.tensor(False) for name in ("do_train", "do_valid", "do_test")},
     }
-
-
-def _replace(file: Path, write: Any) -> None:
-    beside = file.with_name(f".{file.name}.partial")
-    write(beside)
-    os.replace(beside, file)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.errors import CheckpointError
+from nemo_spin.model_io.stores.interface import damaged
 from nemo_spin.model_io.untrusted.inert_pickle import LARGEST, StandIn, load_inert, plain
 from nemo_spin.model_io.untrusted.metadata_pickle import read_metadata
 
@@ -44,11 +45,7 @@ def read_common_state(directory: Path, origin: str) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{origin}: {name} cannot be read ({type(error).__name__}: {reason}): it is damaged; copy it again or use "
-            "another checkpoint."
-        ) from None
+        raise damaged(origin, name, error) from None
     if isinstance(loaded, list) and len(loaded) == 1:
         loaded = loaded[0]
     if not isinstance(loaded, dict):

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nemo_spin.errors import CheckpointError
+from nemo_spin.errors import CheckpointError, one_line
 
 EMBEDDING = "embedding.word_embeddings.weight"
 POSITIONS = "embedding.position_embeddings.weight"
@@ -50,6 +50,28 @@ class WeightStore(Protocol):
         Raises CheckpointError if it cannot be read.
         """
         ...
+
+
+def damaged(origin: str, what: str, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{origin}: {what} cannot be read ({type(error).__name__}: {one_line(error)[:200]}): it is damaged; copy it "
+        "again or use another checkpoint."
+    )
+
+
+def incomplete(origin: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{origin} is incomplete: {what}; copy it again or use another checkpoint.")
+
+
+def check_file(name: str, sizes: Mapping[str, int], needed: int, origin: str, directory: str) -> None:
+    """Raises CheckpointError unless a file of the directory is there with at least the bytes that are needed.
+
+    sizes: bytes of each file that is there.
+    """
+    if name not in sizes:
+        raise incomplete(origin, f"{directory}/{name} is missing")
+    if sizes[name] < needed:
+        raise incomplete(origin, f"{directory}/{name} is truncated ({sizes[name]} bytes, at least {needed} are needed)")
 
 
 def refused_dtype(origin: str, name: str, dtype: object) -> CheckpointError:

@@ -7,7 +7,6 @@ torch's own storage reader, writing through its writer; neither needs a model or
 from __future__ import annotations
 
 import io
-import json
 import math
 import warnings
 from collections import Counter
@@ -37,14 +36,22 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from nemo_spin.errors import CheckpointError, UserError
+from nemo_spin.model_io.files import write_json
 from nemo_spin.model_io.stores.extra_state import empty_extra_state, extra_state_keys
-from nemo_spin.model_io.stores.interface import LAYERS, Region, StoredTensor, WeightStore
+from nemo_spin.model_io.stores.interface import (
+    LAYERS,
+    Region,
+    StoredTensor,
+    WeightStore,
+    check_file,
+    damaged,
+    incomplete,
+)
 from nemo_spin.model_io.stores.stacked import StackedStore, check_volume
 from nemo_spin.model_io.untrusted.metadata_pickle import read_metadata
 from nemo_spin.model_io.untrusted.plain_data import read_json
 from nemo_spin.model_io.untrusted.torch_piece import check_piece
 
-_RESAVE = "re-save it as torch_dist (in NeMo 1 with dist_ckpt_format: torch_dist)"
 # Largest piece that is written at a time, in bytes.
 _PIECE = 512 * 2**20
 
@@ -54,21 +61,19 @@ class TorchDistStore(StackedStore):
 
     layout = "torch_dist"
 
-    def __init__(
-        self, directory: Path, prefix: str, origin: str, metadata: Any = None, sizes: Mapping[str, int] | None = None
-    ) -> None:
-        """prefix: before the names of weights. origin: names the checkpoint in messages.
+    def __init__(self, directory: Path, prefix: str, origin: str, sizes: Mapping[str, int] | None = None) -> None:
+        """prefix: before the names of weights. origin: names the checkpoint in messages. sizes: bytes of each file,
+        where they are not unpacked yet.
 
-        metadata: what `.metadata` says, where it is known already. sizes: bytes of each file, where they are not
-        unpacked yet. Raises CheckpointError if the directory is no torch_dist checkpoint, its `.metadata` cannot be
-        read, or files are missing or cut off.
+        Raises CheckpointError if the directory is no torch_dist checkpoint, its `.metadata` cannot be read, or files
+        are missing or cut off.
         """
-        check_backend(directory, origin)
-        self.directory = directory
-        self._metadata = metadata or read_metadata(directory / ".metadata", origin)
+        _check_backend(directory, origin)
+        self._metadata = read_metadata(directory / ".metadata", origin)
         if sizes is None:
             sizes = {file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()}
-        _check_files(self._metadata.storage_data or {}, sizes, f"{origin} is incomplete: {directory.name}")
+        for piece in (self._metadata.storage_data or {}).values():
+            check_file(piece.relative_path, sizes, piece.offset + piece.length, origin, directory.name)
         arrays = {
             key: StoredTensor(tuple(entry.size), entry.properties.dtype)
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -87,15 +92,11 @@ class TorchDistStore(StackedStore):
         target = torch.zeros(sizes, dtype=entry.properties.dtype)
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         if sum(math.prod(item.lengths) for item in items) < target.numel():
-            raise CheckpointError(f"{self.origin} is incomplete: not all of {key} is stored in it; copy it again.")
+            raise incomplete(self.origin, f"not all of {key} is stored in it")
         try:
             self._reader.read_data(LoadPlan(items), _Into(target))
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{self.origin}: {key} cannot be read ({reason}): the file is damaged; copy it again or use another "
-                "checkpoint."
-            ) from error
+            raise damaged(self.origin, key, error) from error
         return target
 
 
@@ -124,56 +125,30 @@ class _Into(dcp.DefaultLoadPlanner):
         """Nothing is left to do: the reader copied into a view."""
 
 
-def check_backend(directory: Path, origin: str) -> None:
-    """Raises CheckpointError unless the directory is a whole torch_dist checkpoint, as far as its names show.
-
-    origin: the path that the user gave, for the message.
-    """
+def _check_backend(directory: Path, origin: str) -> None:
+    """Raises CheckpointError unless the directory is a whole torch_dist checkpoint, as far as its names show."""
     if not (directory / ".metadata").is_file():
-        raise CheckpointError(
-            f"{origin} is incomplete: {directory.name}/.metadata is missing, so it is not known which tensors it "
-            "holds; copy it again or use another checkpoint."
-        )
-    backend = read_backend(directory, origin)
-    if backend != "torch_dist":
-        raise CheckpointError(f"{origin} stores its weights as {backend}, which is not supported: {_RESAVE}.")
-
-
-def read_backend(directory: Path, origin: str) -> str:
-    """Which of megatron-core's formats metadata.json names. Raises CheckpointError."""
+        raise incomplete(origin, f"{directory.name}/.metadata is missing, so it is not known which tensors it holds")
     try:
-        return str(read_json(directory / "metadata.json")["sharded_backend"])
+        backend = read_json(directory / "metadata.json")["sharded_backend"]
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{origin} is incomplete: {directory.name}/metadata.json is missing; copy it again or use another "
-            "checkpoint."
-        ) from None
+        raise incomplete(origin, f"{directory.name}/metadata.json is missing") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(
             f"{origin} is damaged: {directory.name}/metadata.json does not name its sharded_backend."
         ) from None
+    if backend != "torch_dist":
+        raise CheckpointError(
+            f"{origin} stores its weights as {backend}, which is not supported: re-save it as torch_dist (in NeMo 1 "
+            "with dist_ckpt_format: torch_dist)."
+        )
 
 
-def _check_files(storage: Mapping[Any, Any], sizes: Mapping[str, int], incomplete: str) -> None:
-    """storage: what `.metadata` says of where in which file each piece lies."""
-    for piece in storage.values():
-        name, end = piece.relative_path, piece.offset + piece.length
-        if name not in sizes:
-            raise CheckpointError(f"{incomplete}/{name} is missing; copy it again or use another checkpoint.")
-        if sizes[name] < end:
-            raise CheckpointError(
-                f"{incomplete}/{name} is truncated ({sizes[name]} bytes, at least {end} are needed); copy it again or "
-                "use another checkpoint."
-            )
-
-
-def write_torch_dist(
-    store: WeightStore, directory: Path, prefix: str, common_state: dict[str, Any] | None = None
-) -> None:
+def write_torch_dist(store: WeightStore, directory: Path, prefix: str) -> None:
     """Write the weights of a store as a torch_dist directory with stacked layers, one piece in memory at a time.
 
     directory: made here. prefix: before the names, "model." for NeMo 1, "module." for NeMo 2, none for Megatron-LM.
-    common_state: the content of common.pt. Raises CheckpointError if a weight cannot be read.
+    Raises CheckpointError if a weight cannot be read.
     """
     directory.mkdir(parents=True, exist_ok=True)
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True)
@@ -183,14 +158,9 @@ def write_torch_dist(
             dcp.save({}, storage_writer=writer, planner=_PiecePlanner(store, prefix), no_dist=True)
         except CheckpointException as failed:
             raise _origin(failed) from failed
-    torch.save(common_state or {}, directory / "common.pt")
-    description = {
-        "sharded_backend": "torch_dist",
-        "sharded_backend_version": 1,
-        "common_backend": "torch",
-        "common_backend_version": 1,
-    }
-    (directory / "metadata.json").write_text(json.dumps(description))
+    torch.save({}, directory / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    write_json(directory / "metadata.json", backends | {"common_backend": "torch", "common_backend_version": 1})
 
 
 def _origin(failed: CheckpointException) -> BaseException:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.stores.interface import Region, StoredTensor, refused_dtype
+from nemo_spin.model_io.stores.interface import Region, StoredTensor, check_file, damaged, refused_dtype
 from nemo_spin.model_io.stores.stacked import MOST_EXPANSION, StackedStore, check_volume
 from nemo_spin.model_io.untrusted.plain_data import read_json
 
@@ -51,7 +51,7 @@ class ZarrStore(StackedStore):
             sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in found}
         check_volume(self.tensors.values(), MOST_EXPANSION * sum(sizes.values()), origin)
         for name in sorted({key for key, _ in self._places.values()}):
-            _check_chunks(name, described[name], sizes, f"{origin} is incomplete: {directory.name}")
+            _check_chunks(name, described[name], sizes, origin, directory.name)
 
     def _read(self, key: str, region: Region) -> Tensor:
         import tensorstore
@@ -60,11 +60,7 @@ class ZarrStore(StackedStore):
         try:
             found = tensorstore.open(spec, read=True).result()[region].read(order="C").result()
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(
-                f"{self.origin}: {key} cannot be read ({reason}): the file is damaged; copy it again or use another "
-                "checkpoint."
-            ) from error
+            raise damaged(self.origin, key, error) from error
         if found.dtype.name == "bfloat16":
             return torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(found)
@@ -101,17 +97,11 @@ def _describe(file: Path, origin: str) -> dict[str, Any]:
     return node
 
 
-def _check_chunks(name: str, node: Mapping[str, Any], sizes: Mapping[str, int], incomplete: str) -> None:
+def _check_chunks(name: str, node: Mapping[str, Any], sizes: Mapping[str, int], origin: str, directory: str) -> None:
     """zarr takes a chunk that is not there for one full of zeros, so that a lost file would go unnoticed."""
     separator = node.get("dimension_separator") or "."
     grid = (range(-(-size // chunk)) for size, chunk in zip(node["shape"], node["chunks"], strict=True))
-    plain = math.prod(node["chunks"]) * _DTYPES[node["dtype"]].itemsize
+    is_plain = node.get("compressor") is None and not node.get("filters")
+    needed = math.prod(node["chunks"]) * _DTYPES[node["dtype"]].itemsize if is_plain else 0
     for place in itertools.product(*grid):
-        file = f"{name}/{separator.join(map(str, place))}"
-        if file not in sizes:
-            raise CheckpointError(f"{incomplete}/{file} is missing; copy it again or use another checkpoint.")
-        if node.get("compressor") is None and not node.get("filters") and sizes[file] != plain:
-            raise CheckpointError(
-                f"{incomplete}/{file} is truncated ({sizes[file]} bytes, {plain} are needed); copy it again or use "
-                "another checkpoint."
-            )
+        check_file(f"{name}/{separator.join(map(str, place))}", sizes, needed, origin, directory)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from nemo_spin.errors import CheckpointError
+from nemo_spin.errors import CheckpointError, one_line
 from nemo_spin.model_io.untrusted.inert_pickle import LARGEST, StandIn, dtype_named, load_inert
 
 # An axis and a place in a file fit into 63 bits; a weight has four axes at most.
@@ -38,7 +38,7 @@ def read_metadata(file: Path, origin: str) -> Metadata:
         with open(file, "rb") as opened:
             return _metadata(load_inert(opened.read(LARGEST + 1)))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise CheckpointError(
             f"{origin}: {file.parent.name}/{file.name} cannot be read ({type(error).__name__}: {reason}): it is "
             "damaged, or written by a torch or megatron-core newer than this one."

@@ -126,8 +126,7 @@ def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:
     root, final = tmp_path / "run.partial", tmp_path / "run"
     (iteration_directory(root) / "tokenizer").mkdir(parents=True)
     (iteration_directory(root) / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    iteration = write_megatron_directory(root, architecture, torch.bfloat16, ("huggingface", "tokenizer"), final)
-    assert iteration == iteration_directory(root)
+    write_megatron_directory(root, architecture, torch.bfloat16, ("huggingface", "tokenizer"), final)
     root.rename(final)
     iteration = iteration_directory(final)
     assert sorted(path.name for path in final.iterdir()) == [

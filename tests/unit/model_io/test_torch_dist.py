@@ -56,10 +56,10 @@ def test_what_is_written_is_read_back(
 ) -> None:
     monkeypatch.setattr(torch_dist, "_PIECE", 7 * 16 * 2)
     store = random_store(architecture)
-    write_torch_dist(store, tmp_path / "weights", prefix, {"iteration": 7})
+    write_torch_dist(store, tmp_path / "weights", prefix)
     assert store.largest <= 7 * 16
     assert_same(TorchDistStore(tmp_path / "weights", prefix, "it"), store)
-    assert torch.load(tmp_path / "weights" / "common.pt", weights_only=True) == {"iteration": 7}
+    assert torch.load(tmp_path / "weights" / "common.pt", weights_only=True) == {}
 
 
 def test_torch_reads_what_is_written_with_stacked_layers(tmp_path: Path, architecture: Architecture) -> None:
