@@ -29,7 +29,7 @@ def convert(
     """Write the checkpoint at `source` to `target` as `file_format` (one of `export.FORMATS`); nothing else is kept.
 
     Weights keep their bits and their dtypes; the embedding loses padding rows only in Hugging Face's format, which has
-    no word for them. tokenizer_path: in place of the checkpoint's own, see `tokenizer_description.from_path`.
+    no word for them. tokenizer_path: in place of the checkpoint's own, see `tokenizers.description.from_path`.
 
     Returns what the user should know of the result, in sentences. Raises UserError in one sentence.
     """

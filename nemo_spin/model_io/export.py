@@ -25,13 +25,13 @@ from nemo_spin.model_io.huggingface.export import (
     write_huggingface_config,
     write_huggingface_weights,
 )
-from nemo_spin.model_io.megatron_lm import args as megatron_args
-from nemo_spin.model_io.megatron_lm import directory as megatron_directory
+from nemo_spin.model_io.megatron_lm.args import MEGATRON_PREFIX, launch_flags, to_args
+from nemo_spin.model_io.megatron_lm.directory import iteration_directory, write_megatron_directory
 from nemo_spin.model_io.megatron_lm.tokenizer import FILES
-from nemo_spin.model_io.nemo1 import archive as nemo_archive
-from nemo_spin.model_io.nemo1 import config as nemo1
-from nemo_spin.model_io.nemo2 import config as nemo2
-from nemo_spin.model_io.nemo2 import context as nemo2_context
+from nemo_spin.model_io.nemo1.archive import CONFIG, WEIGHTS, pack
+from nemo_spin.model_io.nemo1.config import NEMO1_PREFIX, to_nemo1_config
+from nemo_spin.model_io.nemo2.config import NEMO2_PREFIX
+from nemo_spin.model_io.nemo2.context import describe_model, write_context
 from nemo_spin.model_io.stores.interface import EMBEDDING, WeightStore
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.model_io.tokenizers import NeMoTokenizer
@@ -71,8 +71,8 @@ class LiveWeights:
 
     def write_huggingface(self, directory: Path, architecture: Architecture) -> None:
         gathered = directory / ".torch_dist"
-        self.write_torch_dist(gathered, nemo1.KEY_PREFIX)
-        store = TorchDistStore(gathered, nemo1.KEY_PREFIX, str(gathered))
+        self.write_torch_dist(gathered, NEMO1_PREFIX)
+        store = TorchDistStore(gathered, NEMO1_PREFIX, str(gathered))
         write_huggingface_weights(store, architecture, directory, part=dist.get_rank(), parts=dist.get_world_size())
         dist.barrier()
         if dist.get_rank() == 0:
@@ -99,9 +99,9 @@ class Content:
 def check_expressible(architecture: Architecture, dtype: torch.dtype, file_format: str) -> None:
     """Raises CheckpointError if the format cannot express the model, whose weights are stored as `dtype`."""
     describe: dict[str, Callable[[], object]] = {
-        "nemo": lambda: nemo1.to_nemo1_config(architecture, "32"),
-        "nemo2": lambda: nemo2_context.describe_model(architecture, dtype, None),
-        "megatron": lambda: megatron_args.to_args(architecture, dtype),
+        "nemo": lambda: to_nemo1_config(architecture, "32"),
+        "nemo2": lambda: describe_model(architecture, dtype, None),
+        "megatron": lambda: to_args(architecture, dtype),
         "hf": lambda: to_huggingface_config(architecture, dtype),
     }
     describe[file_format]()
@@ -170,7 +170,7 @@ def _replaced(target: Path) -> Path:
 
 def _publish(folder: Path, target: Path, file_format: str) -> None:
     if file_format == "nemo":
-        nemo_archive.pack(folder, target)
+        pack(folder, target)
         return
     for file in folder.rglob("*"):
         if file.is_file():
@@ -184,34 +184,32 @@ def _publish(folder: Path, target: Path, file_format: str) -> None:
 
 
 def _write_nemo(content: Content, folder: Path, target: Path) -> list[str]:
-    content.weights.write_torch_dist(folder / nemo_archive.WEIGHTS, nemo1.KEY_PREFIX)
+    content.weights.write_torch_dist(folder / WEIGHTS, NEMO1_PREFIX)
     if _is_main():
-        config = nemo1.to_nemo1_config(content.architecture, content.precision) | content.nemo_config
+        config = to_nemo1_config(content.architecture, content.precision) | content.nemo_config
         # Of the run that reads it, not of the one that wrote it.
         config |= {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
         if content.tokenizer is not None:
             config["tokenizer"] = interpolation.escaped(content.tokenizer.save(folder))
-        OmegaConf.save(OmegaConf.create(config), folder / nemo_archive.CONFIG)
+        OmegaConf.save(OmegaConf.create(config), folder / CONFIG)
     return []
 
 
 def _write_nemo2(content: Content, folder: Path, target: Path) -> list[str]:
-    content.weights.write_torch_dist(folder / "weights", nemo2.KEY_PREFIX)
+    content.weights.write_torch_dist(folder / "weights", NEMO2_PREFIX)
     if _is_main():
         node = content.tokenizer.save_nemo2(folder / "context") if content.tokenizer else None
-        nemo2_context.write_context(folder / "context", content.architecture, content.weights.dtype, node)
+        write_context(folder / "context", content.architecture, content.weights.dtype, node)
     return []
 
 
 def _write_megatron(content: Content, folder: Path, target: Path) -> list[str]:
-    iteration = megatron_directory.iteration_directory(folder)
-    content.weights.write_torch_dist(iteration, megatron_args.KEY_PREFIX)
+    iteration = iteration_directory(folder)
+    content.weights.write_torch_dist(iteration, MEGATRON_PREFIX)
     if _is_main():
         place = _save_beside(content.tokenizer, iteration) if content.tokenizer else None
-        megatron_directory.write_megatron_directory(
-            folder, content.architecture, content.weights.dtype, place, final_root=target
-        )
-    flags, sentences = megatron_args.launch_flags(content.architecture)
+        write_megatron_directory(folder, content.architecture, content.weights.dtype, place, final_root=target)
+    flags, sentences = launch_flags(content.architecture)
     command = " ".join(["--load", str(target), "--use-checkpoint-args", "--finetune", *flags])
     return [f"Megatron-LM reads it with {command}.", *sentences]
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.huggingface import source as huggingface_source
-from nemo_spin.model_io.megatron_lm import source as megatron_source
+from nemo_spin.model_io.huggingface.source import is_huggingface_directory, open_huggingface_directory
 from nemo_spin.model_io.megatron_lm.directory import find_iteration
-from nemo_spin.model_io.nemo1 import archive as nemo_archive
-from nemo_spin.model_io.nemo1 import source as nemo1_source
-from nemo_spin.model_io.nemo2 import source as nemo2_source
+from nemo_spin.model_io.megatron_lm.source import open_megatron_iteration
+from nemo_spin.model_io.nemo1.archive import CONFIG, is_archive
+from nemo_spin.model_io.nemo1.source import is_nemo1_directory, open_nemo1_archive, open_nemo1_directory
+from nemo_spin.model_io.nemo2.source import is_nemo2_directory, newest_in, open_nemo2_directory
 from nemo_spin.model_io.source import CheckpointSource, understood
 
 _EXPECTED = (
@@ -40,30 +40,30 @@ def open_checkpoint(path: str | Path) -> Iterator[CheckpointSource]:
         return
     if not path.exists():
         raise CheckpointError(f"There is no checkpoint at {path}: {_EXPECTED}.")
-    if not path.is_file() or not nemo_archive.is_archive(path):
+    if not path.is_file() or not is_archive(path):
         raise CheckpointError(f"{path} is no checkpoint: it is not a tar archive; {_EXPECTED}.")
     with tempfile.TemporaryDirectory(prefix="nemo_spin_") as scratch:
         with understood(path):
-            source = nemo1_source.open_archive(path, Path(scratch))
+            source = open_nemo1_archive(path, Path(scratch))
         yield source
 
 
 def _open_directory(path: Path) -> CheckpointSource:
-    if nemo1_source.is_nemo1_directory(path):
-        return nemo1_source.open_directory(path)
-    if nemo2_source.is_nemo2_directory(path):
-        return nemo2_source.open_directory(path)
-    if huggingface_source.is_huggingface_directory(path):
-        return huggingface_source.open_directory(path)
+    if is_nemo1_directory(path):
+        return open_nemo1_directory(path)
+    if is_nemo2_directory(path):
+        return open_nemo2_directory(path)
+    if is_huggingface_directory(path):
+        return open_huggingface_directory(path)
     if iteration := find_iteration(path):
-        return megatron_source.open_iteration(iteration)
-    if newest := nemo2_source.newest_in(path):
-        source = nemo2_source.open_directory(newest[0])
+        return open_megatron_iteration(iteration)
+    if newest := newest_in(path):
+        source = open_nemo2_directory(newest[0])
         source.chosen = newest[1]
         return source
     if (path / ".metadata").is_file() or (path / "weights").is_dir():
         raise CheckpointError(
-            f"{path} holds weights, but no configuration of the model (context/model.yaml, {nemo_archive.CONFIG}, or "
+            f"{path} holds weights, but no configuration of the model (context/model.yaml, {CONFIG}, or "
             f"the parent directory iter_* of Megatron): {_EXPECTED}."
         )
     archives = sorted(file.name for file in path.glob("*.nemo"))

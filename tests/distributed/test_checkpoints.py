@@ -20,8 +20,8 @@ from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, gelu_tanh, squared_relu
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.model_io.contradictions import check_against
-from nemo_spin.model_io.nemo1 import archive as nemo_archive
 from nemo_spin.model_io.nemo1 import config as nemo1
+from nemo_spin.model_io.nemo1.archive import CONFIG, WEIGHTS, pack, unpack
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore, write_torch_dist
 from nemo_spin.model_io.weights import load_weights, save_weights
@@ -126,7 +126,7 @@ def test_genuine_configurations_survive_being_rewritten() -> None:
 
 @genuine
 def test_an_unpacked_nemo_directory_and_bf16(workers: Workers, tmp_path: Path) -> None:
-    nemo_archive.unpack(CHECKPOINTS / "nemo1_llama_sp.nemo", tmp_path)
+    unpack(CHECKPOINTS / "nemo1_llama_sp.nemo", tmp_path)
     truth = CHECKPOINTS / "gt_nemo1_llama_sp.pt"
     assert max(workers.run(load_and_compare, tmp_path, truth, "32", tp=2)) < 1e-4
     # fp32 stored, bf16 wanted: close, and surely not the same.
@@ -232,12 +232,12 @@ def test_a_missing_weight_is_named(workers: Workers, tmp_path: Path) -> None:
 
 
 def archive_round_trip(architecture: Architecture, directory: Path, archive: Path, ids: Tensor) -> Any:
-    saved = save_filled(architecture, directory / nemo_archive.WEIGHTS, ids)
+    saved = save_filled(architecture, directory / WEIGHTS, ids)
     if dist.get_rank() == 0:
         import yaml
 
-        (directory / nemo_archive.CONFIG).write_text(yaml.safe_dump(nemo1.to_nemo1_config(architecture, "32")))
-        nemo_archive.pack(directory, archive)
+        (directory / CONFIG).write_text(yaml.safe_dump(nemo1.to_nemo1_config(architecture, "32")))
+        pack(directory, archive)
     dist.barrier()
     with open_checkpoint(archive) as source:
         assert source.architecture() == architecture

@@ -15,7 +15,7 @@ from runs import make_checkpoint, make_data, training_run
 from selfplay import whole_weights
 from stores import write_zarr
 
-from nemo_spin.model_io.nemo1 import archive as nemo_archive
+from nemo_spin.model_io.nemo1.archive import WEIGHTS, unpack
 from nemo_spin.model_io.open import open_checkpoint
 
 FAMILIES = {"nemo": "nemo1", "nemo2": "nemo2", "megatron": "bridge", "hf": "huggingface"}
@@ -75,9 +75,9 @@ def older_layouts(checkpoints: dict[str, str], directory: Path) -> dict[str, str
     shutil.copytree(checkpoints["megatron"], megatron)
     next(megatron.glob("iter_*/run_config.yaml")).unlink()
     zarr = directory / "zarr"
-    nemo_archive.unpack(checkpoints["nemo"], zarr, lambda name: not name.startswith(nemo_archive.WEIGHTS))
+    unpack(checkpoints["nemo"], zarr, lambda name: not name.startswith(WEIGHTS))
     with open_checkpoint(checkpoints["nemo"]) as source:
-        write_zarr(source.weights(), zarr / nemo_archive.WEIGHTS)
+        write_zarr(source.weights(), zarr / WEIGHTS)
     with open_checkpoint(megatron) as first, open_checkpoint(zarr) as second:
         assert (first.family, second.family, second.layout) == ("megatron", "nemo1", "zarr")
     return {"megatron-lm": str(megatron), "zarr": str(zarr)}

@@ -31,7 +31,7 @@ from nemo_spin.model_io.megatron_lm.directory import (
     iteration_directory,
     write_megatron_directory,
 )
-from nemo_spin.model_io.megatron_lm.source import open_iteration
+from nemo_spin.model_io.megatron_lm.source import open_megatron_iteration
 from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.stores.torch_dist import write_torch_dist
 from nemo_spin.model_io.untrusted.metadata_pickle import read_metadata
@@ -92,7 +92,7 @@ def save_run(architecture: Architecture, root: Path, ids: Tensor, family: str, o
 def load_run(root: Path, ids: Tensor) -> Any:
     found = find_iteration(root)
     assert found is not None
-    source = open_iteration(found)
+    source = open_megatron_iteration(found)
     architecture = source.architecture()
     model = build_gpt(architecture, "32")
     load_weights(model, source.weights(), str(source.path))
@@ -115,7 +115,7 @@ def test_a_run_opens_at_another_layout(workers: Workers, tmp_path: Path, family:
 
 
 def write_again(root: Path, copy: Path) -> None:
-    source = open_iteration(find_iteration(root))
+    source = open_megatron_iteration(find_iteration(root))
     architecture = source.architecture()
     iteration = iteration_directory(copy)
     write_torch_dist(source.weights(), iteration, "")

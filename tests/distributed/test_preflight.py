@@ -10,7 +10,7 @@ import pytest
 from runs import make_checkpoint, make_data, make_tokenizer
 
 from nemo_spin.errors import UserError
-from nemo_spin.model_io.nemo1 import archive as nemo_archive
+from nemo_spin.model_io.nemo1.archive import unpack
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def layout(files: str, overrides: dict[str, Any]) -> str:
 
 
 def test_a_layout_that_is_left_open_is_the_checkpoints(workers: Any, files: Path, tmp_path: Path) -> None:
-    nemo_archive.unpack(files / "sft.nemo", tmp_path)
+    unpack(files / "sft.nemo", tmp_path)
     config = tmp_path / "model_config.yaml"
     config.write_text(config.read_text().replace("tensor_model_parallel_size: 1", "tensor_model_parallel_size: 2"))
     given = {"pretrained_checkpoint.restore_from_path": str(tmp_path), "trainer.devices": 4}

@@ -16,11 +16,11 @@ from nemo_spin.model_io.tokenizers.description import from_huggingface
 
 
 def is_huggingface_directory(path: Path) -> bool:
-    """Whether it is a model, an adapter (which `open_directory` refuses), or a model of the hub's cache."""
+    """Whether it is a model, an adapter (which `open_huggingface_directory` refuses), or a model of the hub's cache."""
     return any((_snapshot(path) / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
 
 
-def open_directory(path: Path) -> CheckpointSource:
+def open_huggingface_directory(path: Path) -> CheckpointSource:
     """A Hugging Face directory. Raises CheckpointError, also for a model that is not supported."""
     root = _snapshot(path)
     config = read_huggingface_config(root, str(path))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -55,12 +55,18 @@ class HuggingFaceStore:
         self._architecture = architecture
         self._origin = origin
         self._stored: dict[str, _Stored] = {}
-        for file in _files(Path(directory), origin):
+        index = None if (directory / SINGLE).is_file() else _index(directory, origin)
+        files = [SINGLE] if index is None else sorted(set(index.values()))
+        for file in (directory / name for name in files):
             with _opened(file, origin) as opened:
                 for name in opened.keys():  # noqa: SIM118
                     header = opened.get_slice(name)
                     self._stored[name] = _Stored(file, name, tuple(header.get_shape()), header.get_dtype())
-        _check_index(Path(directory), self._stored, origin)
+        for name, file in (index or {}).items():
+            if name not in self._stored:
+                raise CheckpointError(
+                    f"{origin} contradicts itself: {INDEX} says that {file} holds {name}; it does not."
+                )
         embedding, output = OUTER[EMBEDDING], OUTER[OUTPUT_LAYER]
         if architecture.share_embeddings_and_output_weights and embedding not in self._stored:
             # Some tools store a tied weight under its other name only.
@@ -112,41 +118,30 @@ class HuggingFaceStore:
         return reduce(torch.promote_types, (_DTYPES[dtype] for dtype in stored))
 
 
-def _files(directory: Path, origin: str) -> list[Path]:
-    """The safetensors files of the directory; of one file and many, the one, as transformers chooses."""
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    if (directory / INDEX).is_file():
-        files = sorted({directory / file for file in _weight_map(directory, origin).values()})
-        for file in files:
-            if not file.is_file():
-                raise incomplete(origin, f"{file.name} is missing, which {INDEX} names")
-        return files
+def _index(directory: Path, origin: str) -> dict[str, str]:
+    """Tensor -> name of the file that holds it, as the index says; every one of the files is there."""
+    if not (directory / INDEX).is_file():
+        raise _no_weights(directory, origin)
+    try:
+        weight_map = read_json(directory / INDEX)["weight_map"]
+        index = {name: Path(file).name for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{origin} is damaged: {INDEX} cannot be read; {_AGAIN}.") from None
+    for file in sorted(set(index.values())):
+        if not (directory / file).is_file():
+            raise incomplete(origin, f"{file} is missing, which {INDEX} names")
+    return index
+
+
+def _no_weights(directory: Path, origin: str) -> CheckpointError:
     if any(directory.glob("pytorch_model*.bin")):
-        raise CheckpointError(
+        return CheckpointError(
             f"{origin} has its weights in pytorch_model.bin only, which is not read: re-save it as safetensors "
             "(transformers: from_pretrained, then save_pretrained)."
         )
     if any(directory.glob("*.safetensors")):
-        raise incomplete(origin, f"neither {SINGLE} nor {INDEX} is there")
-    raise CheckpointError(f"{origin} holds a config.json, but no weights: {SINGLE} and {INDEX} are missing.")
-
-
-def _weight_map(directory: Path, origin: str) -> dict[str, str]:
-    """Tensor -> name of the file that holds it, as the index says."""
-    try:
-        index = read_json(directory / INDEX)
-        return {name: Path(file).name for name, file in index["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{origin} is damaged: {INDEX} cannot be read; {_AGAIN}.") from None
-
-
-def _check_index(directory: Path, stored: Container[str], origin: str) -> None:
-    if (directory / SINGLE).is_file():
-        return
-    for name, file in _weight_map(directory, origin).items():
-        if name not in stored:
-            raise CheckpointError(f"{origin} contradicts itself: {INDEX} says that {file} holds {name}; it does not.")
+        return incomplete(origin, f"neither {SINGLE} nor {INDEX} is there")
+    return CheckpointError(f"{origin} holds a config.json, but no weights: {SINGLE} and {INDEX} are missing.")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from nemo_spin.model_io.stores.common_state import member_of
 from nemo_spin.model_io.stores.interface import StoredTensor
 
 # Before the names of weights in a checkpoint of Megatron-LM or Megatron-Bridge: nothing.
-KEY_PREFIX = ""
+MEGATRON_PREFIX = ""
 
 # Arguments that are no fields of TransformerConfig -> what they ask for.
 _REFUSED = {
@@ -55,9 +55,8 @@ def architecture_from_args(
 ) -> Architecture:
     """The architecture of a Megatron-LM model.
 
-    args: the namespace as a mapping (`common_state.read_common_state`). tensors: what is stored, by
-    `WeightStore.tensors`. vocab_size: number of ids of the tokenizer; used when args give none, None for all stored
-    rows. where: names the configuration in messages. Raises CheckpointError for what cannot be represented.
+    args: the namespace as a mapping (`read_common_state`). The others, and errors, are those of
+    `architecture_from_fields`.
     """
     _refuse(args, where)
     fields = {name: value for name, value in args.items() if is_transformer_field(name) or name in UNSUPPORTED}

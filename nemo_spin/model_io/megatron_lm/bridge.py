@@ -52,9 +52,7 @@ def architecture_from_run_config(
 ) -> Architecture:
     """The architecture of a Megatron-Bridge model.
 
-    config: run_config.yaml as plain data. tensors: what is stored, by `WeightStore.tensors`. vocab_size: number of ids
-    of the tokenizer; used when the configuration gives none, None for all stored rows. where: names the configuration
-    in messages. Raises CheckpointError for what cannot be represented.
+    config: run_config.yaml as plain data. The others, and errors, are those of `architecture_from_fields`.
     """
     model = config.get("model")
     if not isinstance(model, Mapping):
@@ -92,7 +90,7 @@ def to_run_config(
 ) -> dict[str, Any]:
     """What Megatron-Bridge's loaders read: `architecture_from_run_config` reads the same architecture back.
 
-    dtype: of the stored weights. tokenizer: `megatron_tokenizer.to_megatron`'s fields, None where there is none.
+    dtype: of the stored weights. tokenizer: `to_megatron`'s fields, None where there is none.
     """
     model = fields_of(architecture) | {
         "_target_": f"{_BRIDGE}gpt_provider.GPTModelProvider",

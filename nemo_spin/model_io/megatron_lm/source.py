@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.megatron_lm.args import KEY_PREFIX, architecture_from_args
+from nemo_spin.model_io.megatron_lm.args import MEGATRON_PREFIX, architecture_from_args
 from nemo_spin.model_io.megatron_lm.bridge import architecture_from_run_config, refuse_adapters
 from nemo_spin.model_io.megatron_lm.directory import RUN_CONFIG, Iteration
 from nemo_spin.model_io.megatron_lm.tokenizer import from_megatron
@@ -17,7 +17,7 @@ from nemo_spin.model_io.stores.open import open_store
 from nemo_spin.model_io.untrusted.plain_data import read_mapping
 
 
-def open_iteration(found: Iteration) -> CheckpointSource:
+def open_megatron_iteration(found: Iteration) -> CheckpointSource:
     """The checkpoint that `find_iteration` found.
 
     Megatron-Bridge's run_config.yaml counts where there is one, as Megatron-Bridge has it. Raises CheckpointError.
@@ -34,7 +34,7 @@ def open_iteration(found: Iteration) -> CheckpointSource:
         config = _args(path)
         family, make = "megatron", architecture_from_args
         tokenizer, layout = config, layout_in(config)
-    store = open_store(path, KEY_PREFIX, str(path))
+    store = open_store(path, MEGATRON_PREFIX, str(path))
     return CheckpointSource(
         path,
         family,

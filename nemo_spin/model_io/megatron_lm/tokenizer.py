@@ -7,16 +7,24 @@ path that the configuration names, which is one of the machine that wrote it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nemo_spin.model_io.tokenizers.description import TokenizerDescription
 
 FILES = "tokenizer"
-_HUGGINGFACE = ("HuggingFaceTokenizer", "SFTTokenizer")
-_SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-# Type -> name of its file in tokenizer/.
-_FILE_OF = {**dict.fromkeys(_SENTENCEPIECE, "tokenizer.model"), "TikTokenizer": "tokenizer.json"}
+# Type -> library. The first one of a library is written.
+_LIBRARIES = {
+    "HuggingFaceTokenizer": "huggingface",
+    "SFTTokenizer": "huggingface",
+    "SentencePieceTokenizer": "sentencepiece",
+    "GPTSentencePieceTokenizer": "sentencepiece",
+    "Llama2Tokenizer": "sentencepiece",
+    "TikTokenizer": "tiktoken",
+}
+# Library -> name of its file in tokenizer/.
+_FILE_OF = {"sentencepiece": "tokenizer.model", "tiktoken": "tokenizer.json"}
 _NO_TOKENIZER = ("NullTokenizer", "NullMultimodalTokenizer")
 
 
@@ -28,26 +36,18 @@ def from_megatron(config: Mapping[str, Any] | None, iteration: Path, origin: str
     kind = (config or {}).get("tokenizer_type")
     if not isinstance(kind, str) or kind in _NO_TOKENIZER:
         return None
+    # A type that is not known is refused when the tokenizer is built.
+    library = _LIBRARIES.get(kind, kind)
     named = _text(config.get("tokenizer_model"))
-    source = _beside(kind, iteration, named) or named
-    if kind in _HUGGINGFACE:
+    description = TokenizerDescription(library, _beside(library, iteration, named) or named, origin)
+    if library == "huggingface":
         keywords = config.get("hf_tokenizer_kwargs") or {}
-        return TokenizerDescription(
-            library="huggingface",
-            source=source,
-            origin=origin,
-            chat_template=_text(config.get("chat_template")),
-            use_fast=bool(keywords.get("use_fast", not config.get("tokenizer_hf_no_use_fast"))),
-        )
-    if kind in _SENTENCEPIECE:
+        use_fast = bool(keywords.get("use_fast", not config.get("tokenizer_hf_no_use_fast")))
+        return replace(description, chat_template=_text(config.get("chat_template")), use_fast=use_fast)
+    if library == "sentencepiece":
         keywords = config.get("sp_tokenizer_kwargs") or {}
-        return TokenizerDescription(
-            library="sentencepiece",
-            source=source,
-            origin=origin,
-            legacy=bool(keywords.get("legacy", config.get("tokenizer_sentencepiece_legacy"))),
-        )
-    return TokenizerDescription("tiktoken" if kind == "TikTokenizer" else kind, source, origin)
+        return replace(description, legacy=bool(keywords.get("legacy", config.get("tokenizer_sentencepiece_legacy"))))
+    return description
 
 
 def to_megatron(library: str, source: str) -> dict[str, Any]:
@@ -56,20 +56,16 @@ def to_megatron(library: str, source: str) -> dict[str, Any]:
     library: "huggingface", "sentencepiece" or "tiktoken". source: a directory or a file, absolute: neither reader looks
     up relative ones in the checkpoint.
     """
-    kinds = {
-        "huggingface": "HuggingFaceTokenizer",
-        "sentencepiece": "SentencePieceTokenizer",
-        "tiktoken": "TikTokenizer",
-    }
-    return {"tokenizer_type": kinds[library], "tokenizer_model": source}
+    kind = next(kind for kind, of in _LIBRARIES.items() if of == library)
+    return {"tokenizer_type": kind, "tokenizer_model": source}
 
 
-def _beside(kind: str, iteration: Path, named: str | None) -> str | None:
-    if kind in _HUGGINGFACE:
+def _beside(library: str, iteration: Path, named: str | None) -> str | None:
+    if library == "huggingface":
         return FILES if (iteration / FILES / "tokenizer_config.json").is_file() else None
-    if kind not in _FILE_OF:
+    if library not in _FILE_OF:
         return None
-    places = [f"{FILES}/{name}" for name in (Path(named or "").name, _FILE_OF[kind]) if name]
+    places = [f"{FILES}/{name}" for name in (Path(named or "").name, _FILE_OF[library]) if name]
     return next((place for place in places if (iteration / place).is_file()), None)
 
 

@@ -109,11 +109,15 @@ def _copy(stream: BinaryIO, member: Member, target: BinaryIO) -> None:
 def _check_room(archive: str | Path, directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
-        raise CheckpointError(
-            f"{archive} cannot be unpacked ({needed / 2**30:.2f} GiB are needed, {directory.parent} has "
-            f"{free / 2**30:.2f} GiB): make room, set TMPDIR to where there is room, or unpack it yourself and give "
-            "the directory."
-        )
+        have = f"{directory.parent} has {free / 2**30:.2f} GiB"
+        raise _cannot_be_unpacked(archive, f"{needed / 2**30:.2f} GiB are needed, {have}")
+
+
+def _cannot_be_unpacked(archive: str | Path, reason: str | None) -> CheckpointError:
+    return CheckpointError(
+        f"{archive} cannot be unpacked ({reason}): make room, set TMPDIR to where there is room, or unpack it yourself "
+        "and give the directory."
+    )
 
 
 @contextmanager
@@ -138,10 +142,7 @@ def _readable(archive: str | Path) -> Iterator[tuple[BinaryIO, list[Member]]]:
         raise CheckpointError(f"{archive} holds an unsafe member and is not opened: {error}.") from None
     except (TruncatedArchiveError, EOFError, OSError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise CheckpointError(
-                f"{archive} cannot be unpacked ({error.strerror}): make room, set TMPDIR to where there is room, or "
-                "unpack it yourself and give the directory."
-            ) from None
+            raise _cannot_be_unpacked(archive, error.strerror) from None
         raise CheckpointError(
             f"{archive} is no .nemo archive, or it is truncated ({error}): copy it again or use another checkpoint."
         ) from None

@@ -18,7 +18,7 @@ from nemo_spin.model_io.fields.transformer import architecture_from_fields, fiel
 from nemo_spin.model_io.fields.types import check_field_types
 from nemo_spin.model_io.stores.interface import StoredTensor
 
-KEY_PREFIX = "model."
+NEMO1_PREFIX = "model."
 
 # Gated ones end in "glu", as in NeMo. Those after the blank line are this project's; NeMo 1 has no name for them, and
 # writes the tanh approximation of GELU as openai_gelu.
@@ -90,9 +90,7 @@ def architecture_from_nemo1(
 ) -> Architecture:
     """The architecture of a NeMo 1 model.
 
-    config: model_config.yaml as plain data. tensors: what is stored (`WeightStore.tensors`).
-    vocab_size: number of ids of the tokenizer; used when the configuration gives none, None for all stored rows.
-    where: names the configuration in messages. Raises CheckpointError for what cannot be represented.
+    config: model_config.yaml as plain data. The others, and errors, are those of `architecture_from_fields`.
     """
     check_field_types(config, where)
     _refuse(config, where)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_spin.errors import CheckpointError
 from nemo_spin.model_io.nemo1.archive import CONFIG, WEIGHTS, member_sizes, unpack
-from nemo_spin.model_io.nemo1.config import KEY_PREFIX, architecture_from_nemo1
+from nemo_spin.model_io.nemo1.config import NEMO1_PREFIX, architecture_from_nemo1
 from nemo_spin.model_io.source import CheckpointSource, described, layout_in
 from nemo_spin.model_io.stores.open import open_store
 from nemo_spin.model_io.tokenizers.description import from_nemo1
@@ -20,13 +20,13 @@ def is_nemo1_directory(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def open_directory(path: Path) -> CheckpointSource:
+def open_nemo1_directory(path: Path) -> CheckpointSource:
     """An unpacked `.nemo`. Raises CheckpointError."""
     _check_names({str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}, path)
     return _source(path, path, None, None)
 
 
-def open_archive(path: Path, scratch: Path) -> CheckpointSource:
+def open_nemo1_archive(path: Path, scratch: Path) -> CheckpointSource:
     """A `.nemo`, of which only descriptions are unpacked into `scratch`, and the weights when they are asked for.
 
     Raises CheckpointError.
@@ -55,7 +55,7 @@ def _source(
 ) -> CheckpointSource:
     """sizes, extract: bytes of each file of the weights, and what unpacks them, where they are not yet."""
     config = _read_config(files / CONFIG, path)
-    store = open_store(files / WEIGHTS, KEY_PREFIX, str(path), sizes)
+    store = open_store(files / WEIGHTS, NEMO1_PREFIX, str(path), sizes)
     return CheckpointSource(
         path,
         "nemo1",
@@ -70,7 +70,7 @@ def _source(
             config, store.tensors, vocab_size, f"{path}: {CONFIG}"
         ),
         _unpack=extract,
-        _store_in=lambda directory: open_store(directory, KEY_PREFIX, str(path)),
+        _store_in=lambda directory: open_store(directory, NEMO1_PREFIX, str(path)),
     )
 
 

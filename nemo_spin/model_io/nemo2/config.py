@@ -14,7 +14,7 @@ from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.model_io.fields.transformer import architecture_from_fields, target_of
 from nemo_spin.model_io.stores.interface import StoredTensor
 
-KEY_PREFIX = "module."
+NEMO2_PREFIX = "module."
 
 # Modules of nemo.collections.llm.gpt.model whose classes differ from GPTConfig in their fields only, or in the
 # Llama 3.1 scaling of rotary embeddings. Others add computation of their own (Gemma scales its embeddings, ...).
@@ -31,9 +31,7 @@ def architecture_from_nemo2(
 ) -> Architecture:
     """The architecture of a NeMo 2 model.
 
-    context: model.yaml as plain data. tensors: what is stored, by `WeightStore.tensors`.
-    vocab_size: number of ids of the tokenizer; used when the configuration gives none, None for all stored rows.
-    where: names the configuration in messages. Raises CheckpointError for what cannot be represented.
+    context: model.yaml as plain data. The others, and errors, are those of `architecture_from_fields`.
     """
     config = context.get("config")
     if not isinstance(config, Mapping):

@@ -33,7 +33,7 @@ def write_context(
 
     dtype: of the stored weights. tokenizer_node: what `NeMoTokenizer.save_nemo2(directory)` returned; None for a model
     without a tokenizer.
-    `nemo2.architecture_from_nemo2`, given the tokenizer's number of ids, reads the same architecture back. Raises
+    `architecture_from_nemo2`, given the tokenizer's number of ids, reads the same architecture back. Raises
     CheckpointError, naming it, for what NeMo 2's classes cannot express.
     """
     model = describe_model(architecture, dtype, tokenizer_node)

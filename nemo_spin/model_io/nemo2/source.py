@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from nemo_spin.errors import CheckpointError
-from nemo_spin.model_io.nemo2.config import KEY_PREFIX, architecture_from_nemo2
+from nemo_spin.model_io.nemo2.config import NEMO2_PREFIX, architecture_from_nemo2
 from nemo_spin.model_io.source import CheckpointSource, described, layout_in
 from nemo_spin.model_io.stores.torch_dist import TorchDistStore
 from nemo_spin.model_io.tokenizers.description import from_nemo2
@@ -17,7 +17,7 @@ def is_nemo2_directory(path: Path) -> bool:
     return (_root(path) / "context").is_dir()
 
 
-def open_directory(path: Path) -> CheckpointSource:
+def open_nemo2_directory(path: Path) -> CheckpointSource:
     """A NeMo 2 directory, given itself or by its `weights/` or `context/`. Raises CheckpointError."""
     root = _root(path)
     description = root / "context" / "model.yaml"
@@ -33,7 +33,7 @@ def open_directory(path: Path) -> CheckpointSource:
     where = f"{path}: context/model.yaml"
     config = read_mapping(description, where)
     weights = root / "weights" if (root / "weights").is_dir() else root
-    store = TorchDistStore(weights, KEY_PREFIX, str(path))
+    store = TorchDistStore(weights, NEMO2_PREFIX, str(path))
     return CheckpointSource(
         path,
         "nemo2",

@@ -95,7 +95,7 @@ class NeMoTokenizer:
     def save_nemo2(self, directory: Path) -> dict[str, Any]:
         """Write the tokenizer's files into the context/ directory of a NeMo 2 checkpoint.
 
-        Returns the `tokenizer` node of its model.yaml, which `tokenizer_description.from_nemo2` reads.
+        Returns the `tokenizer` node of its model.yaml, which `description.from_nemo2` reads.
         """
         raise NotImplementedError
 

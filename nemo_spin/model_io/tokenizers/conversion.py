@@ -1,7 +1,7 @@
 """Tokenizers of sentencepiece and tiktoken as a tokenizer.json, which every version of transformers reads.
 
 transformers' own LlamaTokenizer does not give sentencepiece's ids for every model, and other ones in each version: here
-all that the model file says is carried over. `comparison.difference_in_transformers` shows whether it was enough.
+all that the model file says is carried over. `comparison.write_and_compare` shows whether it was enough.
 """
 
 from __future__ import annotations

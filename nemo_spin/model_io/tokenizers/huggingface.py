@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,8 @@ class HuggingFaceTokenizer(NeMoTokenizer):
     def save_huggingface(self, directory: Path) -> str | None:
         if self._description.special_tokens or self._description.chat_template:
             # What the checkpoint's configuration adds to the files is in no file yet.
-            directory.mkdir(parents=True, exist_ok=True)
-            for name, content in _saved_files(self._tokenizer).items():
-                (directory / name).write_bytes(content)
+            self._tokenizer.save_pretrained(directory)
+            _rewrite_for_all_versions(directory)
         else:
             self._write_files(directory)
         return None
@@ -147,14 +145,6 @@ def _from_hub(name: str) -> Path:
         return Path(cached).parent
     HfApi().model_info(name, timeout=10)
     return Path(snapshot_download(name, allow_patterns=[*PATTERNS, MODEL_CONFIG], etag_timeout=10))
-
-
-def _saved_files(tokenizer: Any) -> dict[str, bytes]:
-    """Name -> content of what transformers saves, in a form that its versions from 4.48 on read."""
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        _rewrite_for_all_versions(Path(directory))
-        return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir()) if path.is_file()}
 
 
 def _rewrite_for_all_versions(directory: Path) -> None:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from nemo_spin.cli.main import main
 from nemo_spin.errors import CheckpointError, DataError, UserError
 from nemo_spin.megatron.architecture import Architecture
-from nemo_spin.model_io.nemo1 import archive as nemo_archive
+from nemo_spin.model_io.nemo1.archive import member_sizes, pack, unpack
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1, to_nemo1_config
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
@@ -217,7 +217,7 @@ def test_an_export_is_text_to_omegaconf(good: dict[str, Path], place: Place) -> 
     path = made(place, good, "nemo1: interpolations that reach outside")
     target = place.written / "out.nemo"
     assert main(["convert", "--from", str(path), "--to", str(target), "--format", "nemo"]) == 0
-    nemo_archive.unpack(target, place.written)
+    unpack(target, place.written)
     written = OmegaConf.to_container(OmegaConf.load(place.written / CONFIG), resolve=True)
     special = f"<${{oc.env:{VARIABLE}}}>"
     assert special in written["tokenizer"]["special_tokens"]
@@ -244,7 +244,7 @@ def test_nemo_s_own_connector_does_not_see_them(
     path = made(place, good, name)
     if path.is_dir():
         path = place.path.with_suffix(".nemo")
-        nemo_archive.pack(place.path, path)
+        pack(place.path, path)
     monkeypatch.setattr(SaveRestoreConnector, "_unpack_nemo_file", lambda *_, **__: pytest.fail("it was unpacked"))
     words = attack.words or "NeMo's connector would act on: leave save_restore_connector out"
     try:
@@ -322,8 +322,8 @@ def test_what_is_unpacked_is_the_user_s_alone(good: dict[str, Path], place: Plac
     shutil.copytree(good["nemo1"], place.path)
     (place.path / "tool").write_text("x")
     (place.path / "tool").chmod(0o6777)
-    nemo_archive.pack(place.path, place.written / "x.nemo")
-    nemo_archive.unpack(place.written / "x.nemo", place.outside)
+    pack(place.path, place.written / "x.nemo")
+    unpack(place.written / "x.nemo", place.outside)
     assert (place.outside / "tool").stat().st_mode & 0o7777 == 0o600
 
 
@@ -332,12 +332,12 @@ def test_links_are_packed_as_files(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").write_text("a")
     os.link(tmp_path / "in" / "a", tmp_path / "in" / "b")
     (tmp_path / "in" / "c").symlink_to("a")
-    nemo_archive.pack(tmp_path / "in", tmp_path / "x.nemo")
-    assert nemo_archive.member_sizes(tmp_path / "x.nemo") == {"a": 1, "b": 1, "c": 1}
+    pack(tmp_path / "in", tmp_path / "x.nemo")
+    assert member_sizes(tmp_path / "x.nemo") == {"a": 1, "b": 1, "c": 1}
 
 
 def test_there_is_room_before_anything_is_unpacked(good: dict[str, Path], place: Place, monkeypatch: Any) -> None:
-    nemo_archive.pack(good["nemo1"], place.written / "x.nemo")
+    pack(good["nemo1"], place.written / "x.nemo")
     usage = shutil.disk_usage(place.written)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     words = r"cannot be unpacked \(.* GiB are needed, .* has 0.00 GiB\): make room, set TMPDIR"

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_spin.errors import CheckpointError
 from nemo_spin.megatron.architecture import Architecture, layer_tensors, outer_tensors
-from nemo_spin.model_io.nemo1 import archive as nemo_archive
+from nemo_spin.model_io.nemo1.archive import pack
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1, to_nemo1_config
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
@@ -119,7 +119,7 @@ def refusal(path: Path) -> str:
 def test_a_directory_and_its_archive_are_the_same_checkpoint(tmp_path: Path) -> None:
     directory = write_nemo1(tmp_path / "files")
     archive = tmp_path / "out" / "x.nemo"
-    nemo_archive.pack(directory, archive)
+    pack(directory, archive)
     assert [path.name for path in archive.parent.iterdir()] == ["x.nemo"]
     for path in (directory, archive):
         with open_checkpoint(path) as source:
@@ -218,7 +218,7 @@ def damaged(tmp_path: Path, kind: str) -> Path:
     elif kind == "truncated archive":
         files = write_nemo1(tmp_path / "files")
         (files / "model_weights" / SHARD).write_bytes(bytes(100_000))
-        nemo_archive.pack(files, path)
+        pack(files, path)
         os.truncate(path, path.stat().st_size - 60_000)
     elif kind == "escaping":
         write_nemo1(tmp_path / "files")
