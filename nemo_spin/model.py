@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from nemo.core.classes import ModelPT
 from nemo.core.classes import common as nemo_common
-from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
@@ -32,8 +31,8 @@ from nemo_spin.model_io.export import Content, LiveWeights
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1
 from nemo_spin.model_io.nemo_connector import (
     SPINSaveRestoreConnector,
-    by_own_connector,
-    check_before_nemo,
+    after_restoring,
+    being_restored_from,
     check_before_restoring,
 )
 from nemo_spin.model_io.open import open_checkpoint
@@ -67,8 +66,7 @@ class MegatronGPTSPINModel(ModelPT):
 
         The process groups, where there are none yet, are made for the layout in cfg.
         """
-        if self._is_model_being_restored() and not by_own_connector.get():
-            check_before_nemo(AppState().nemo_file_folder)
+        folder = being_restored_from(type(self))
         super().__init__(cfg=cfg, trainer=trainer)
         cfg = self._cfg
         if not setup.is_initialized():
@@ -78,15 +76,11 @@ class MegatronGPTSPINModel(ModelPT):
                 cfg.get("seed", 1234),
             )
         self.precision = "bf16" if "bf16" in str(cfg.get("precision")) else "32"
-        if self._is_model_being_restored():
-            folder = AppState().nemo_file_folder
-            self._build_from_checkpoint(folder)
-            if not by_own_connector.get():
-                # NeMo's connector unpacked the archive into this folder of its own, and loads a state_dict from it.
-                # It is not in the archive: NeMo 1 would take it for the weights, and not look at model_weights/.
-                torch.save({}, Path(folder) / "model_weights.ckpt")
-        else:
+        if folder is None:
             self._build_from_config()
+        else:
+            self._build_from_checkpoint(folder)
+            after_restoring(folder)
         self.optimizer: Optimizer | None = None
         self.reference: Reference | None = None
 
