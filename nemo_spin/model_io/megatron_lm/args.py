@@ -55,8 +55,8 @@ def architecture_from_args(
 ) -> Architecture:
     """The architecture of a Megatron-LM model.
 
-    args: the namespace as a mapping (`read_common_state`). The others, and errors, are those of
-    `architecture_from_fields`.
+    args: the namespace as a mapping (`read_common_state`). See `architecture_from_fields` for the other
+    arguments and errors.
     """
     _refuse(args, where)
     fields = {name: value for name, value in args.items() if is_transformer_field(name) or name in UNSUPPORTED}

@@ -52,7 +52,7 @@ def architecture_from_run_config(
 ) -> Architecture:
     """The architecture of a Megatron-Bridge model.
 
-    config: run_config.yaml as plain data. The others, and errors, are those of `architecture_from_fields`.
+    config: run_config.yaml as plain data. See `architecture_from_fields` for the other arguments and errors.
     """
     model = config.get("model")
     if not isinstance(model, Mapping):

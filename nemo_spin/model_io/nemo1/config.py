@@ -90,7 +90,7 @@ def architecture_from_nemo1(
 ) -> Architecture:
     """The architecture of a NeMo 1 model.
 
-    config: model_config.yaml as plain data. The others, and errors, are those of `architecture_from_fields`.
+    config: model_config.yaml as plain data. See `architecture_from_fields` for the other arguments and errors.
     """
     check_field_types(config, where)
     _refuse(config, where)

@@ -31,7 +31,7 @@ def architecture_from_nemo2(
 ) -> Architecture:
     """The architecture of a NeMo 2 model.
 
-    context: model.yaml as plain data. The others, and errors, are those of `architecture_from_fields`.
+    context: model.yaml as plain data. See `architecture_from_fields` for the other arguments and errors.
     """
     config = context.get("config")
     if not isinstance(config, Mapping):

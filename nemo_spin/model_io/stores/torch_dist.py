@@ -69,6 +69,7 @@ class TorchDistStore(StackedStore):
         are missing or cut off.
         """
         _check_backend(directory, origin)
+        self.directory = directory
         self._metadata = read_metadata(directory / ".metadata", origin)
         if sizes is None:
             sizes = {file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()}
