@@ -8,6 +8,8 @@ from __future__ import annotations
 import resource
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from nemo_spin.errors import UserError
 from nemo_spin.generation.choose import make_engine
 from nemo_spin.generation.end_strings import ends_with_any
 from nemo_spin.generation.interface import Engine
+from nemo_spin.generation.rules import Rules
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.architecture import Architecture, check_layout
 from nemo_spin.megatron.gpt import build_gpt
@@ -118,38 +121,31 @@ class MegatronGPTSPINModel(ModelPT):
 
     # ------------------------------------------------------------------------------------------ for any use
 
-    def generator(
-        self,
-        sampling: SamplingParams,
-        min_length: int,
-        stop_ids: frozenset[int],
-        seed: int,
-        slots: int | None,
-        context_length: int,
-        kv_cache_gib: float | None = None,
-        engine: str = "auto",
-    ) -> Engine:
-        """What makes responses with the weights that the model has then; see `Generator` for the numbers.
+    def generation_rules(
+        self, sampling: SamplingParams, min_length: int, stop_ids: frozenset[int], seed: int, context_length: int
+    ) -> Rules:
+        """What the responses of this model depend on; the arguments as in `Rules`.
 
         stop_ids: the ids at which a response ends, beside the end strings of `sampling`: one that is a single token
         joins them, the others are looked for in the text.
         """
         ids = {text: self.tokenizer.id_of(text) for text in sampling.end_strings}
         in_text = [text for text, token in ids.items() if token is None]
-        return make_engine(
-            engine,
-            self.gpt,
+        return Rules(
+            sampling=sampling,
             vocab_size=min(self.tokenizer.vocab_size, self.architecture.vocab_size),
             max_sequence_length=context_length,
-            sampling=sampling,
+            seed=seed,
             min_length=min_length,
             stop_ids=stop_ids | {token for token in ids.values() if token is not None},
-            seed=seed,
-            slots=slots,
-            pad_id=self.tokenizer.pad_id,
             should_stop=ends_with_any(in_text, self.tokenizer) if in_text else None,
-            kv_cache_gib=kv_cache_gib,
         )
+
+    def generator(
+        self, rules: Rules, slots: int | None = None, kv_cache_gib: float | None = None, engine: str = "auto"
+    ) -> Engine:
+        """What makes responses with the weights that the model has then; the arguments as in `Engine`."""
+        return make_engine(engine, self.gpt, rules, slots, kv_cache_gib)
 
     def batching(
         self, micro_batch_size: int, micro_batch_tokens: int | None = None, packed: bool | None = None
@@ -182,13 +178,12 @@ class MegatronGPTSPINModel(ModelPT):
         self._temperature = cfg.spin.temperature
         self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
         self.reference = Reference(self.gpt, keep_copy=cfg.spin.keeps_reference)
-        self._generator = self.generator(
-            cfg.spin.sampling_params,
-            min_length=cfg.spin.length_params.min_length,
-            stop_ids=stop_ids,
-            seed=cfg.seed,
+        self._rules = self.generation_rules(
+            cfg.spin.sampling_params, cfg.spin.length_params.min_length, stop_ids, cfg.seed, context_length
+        )
+        self._generator = partial(
+            self.generator,
             slots=cfg.spin.rollout_batch_size,
-            context_length=context_length,
             kv_cache_gib=cfg.spin.kv_cache_gib,
             engine=cfg.spin.generation_engine,
         )
@@ -227,10 +222,14 @@ class MegatronGPTSPINModel(ModelPT):
         return {
             "precision": self.precision,
             "max_new_tokens": self._max_new_tokens,
-            **self._generator.settings,
-            # A run that has ended stands at the start of an iteration that it does not have.
-            "temperature": self._temperature[min(iteration, len(self._temperature) - 1)],
+            **self._rules_of(iteration).settings,
         }
+
+    def _rules_of(self, iteration: int) -> Rules:
+        """The rules at the iteration's temperature."""
+        # A run that has ended stands at the start of an iteration that it does not have.
+        temperature = self._temperature[min(iteration, len(self._temperature) - 1)]
+        return replace(self._rules, sampling=replace(self._rules.sampling, temperature=temperature))
 
     def roll_out(
         self,
@@ -245,11 +244,10 @@ class MegatronGPTSPINModel(ModelPT):
         hooks: `answered`, `finished`, `interrupted` and `num_generations` of `rollouts.roll_out`; None if it was
         interrupted.
         """
-        self._generator.temperature = self._temperature[iteration]
         with self.reference.swapped_in():
             return roll_out(
                 self.gpt,
-                self._generator,
+                self._generator(self._rules_of(iteration)),
                 examples,
                 iteration,
                 self._max_new_tokens,
@@ -270,7 +268,7 @@ class MegatronGPTSPINModel(ModelPT):
 
     def given_answer(self, ids: Sequence[int]) -> Answer:
         """A response that the data bring along, in place of one that the reference made; not empty."""
-        return Answer(array("i", ids), "stop" if ids[-1] in self._generator.stop_ids else "length")
+        return Answer(array("i", ids), "stop" if ids[-1] in self._rules.stop_ids else "length")
 
     def refresh_reference(self) -> str:
         """The policy becomes the reference. Returns a name of its weights; see `Reference.name`."""
