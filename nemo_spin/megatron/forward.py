@@ -51,13 +51,14 @@ def run(
     vocab_size: int,
     *,
     forward_only: bool,
+    scale: float = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Tensor]]:
     """The objective's second value for each micro-batch, in order, on every pipeline stage.
 
     model: GPTModel or its DDP wrapper; every process of a data-parallel replica passes the same micro-batches.
-    What is differentiated is the weighted sum over micro-batches of the objective's first value, averaged over data
-    parallel.
+    What is differentiated is `scale` times the weighted sum over micro-batches of the objective's first value, averaged
+    over data parallel.
     progress: told the number of responses of each micro-batch that has passed this stage.
     """
     count = len(micro_batches)
@@ -73,8 +74,8 @@ def run(
 
         def loss_func(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss, values = objective(micro_batch.context, inputs.targets.by_response(logps))
-            # The schedule divides by the number of micro-batches, in place; the objective has its own denominator.
-            return loss * count * micro_batch.weight, values
+            # The schedule divides by the number of micro-batches, in place.
+            return loss * scale * count * micro_batch.weight, values
 
         return output, loss_func
 

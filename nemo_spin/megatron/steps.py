@@ -91,19 +91,24 @@ def own_micro_batches(
     return [micro_batch(batch, 1.0) if batch else micro_batch([shortest], 0.0) for batch in own]
 
 
-def gradient_scale() -> int:
-    """Undoes the average over data-parallel ranks: losses are already divided by what the global batch holds."""
-    return parallel_state.get_data_parallel_world_size()
-
-
 def backward(
-    optimizer: Optimizer, micro_batches: list[MicroBatch[T]], objective: Objective[T], vocab_size: int
+    optimizer: Optimizer,
+    micro_batches: list[MicroBatch[T]],
+    objective: Objective[T],
+    vocab_size: int,
+    denominator: int,
 ) -> dict[str, float]:
-    """Leave the gradients of a global batch in the model. Returns the sums of the objective's values, on every rank."""
-    optimizer.model.train()
+    """Leave the gradients of a global batch in the model. Returns the sums of the objective's values, on every rank.
+
+    denominator: of the loss: what the global batch holds.
+    """
+    model = optimizer.model
+    model.train()
     optimizer.zero_grad()
-    values = forward.run(optimizer.model, micro_batches, objective, vocab_size, forward_only=False)
-    return _totals(optimizer.model, micro_batches, values)
+    # Undoes the average over data-parallel ranks.
+    scale = parallel_state.get_data_parallel_world_size() / denominator
+    values = forward.run(model, micro_batches, objective, vocab_size, forward_only=False, scale=scale)
+    return _totals(model, micro_batches, values)
 
 
 @torch.no_grad()
@@ -137,8 +142,7 @@ def sft_step(optimizer: Optimizer, groups: Sequence[ResponseGroup], batching: Ba
     groups: each with one response. Returns `loss` in nats per token, and what `Optimizer.step` says.
     """
     tokens = _response_tokens(groups)
-    objective = _nll(gradient_scale() / tokens)
-    totals = backward(optimizer, _sft_micro_batches(groups, batching), objective, batching.vocab_size)
+    totals = backward(optimizer, _sft_micro_batches(groups, batching), _nll, batching.vocab_size, tokens)
     loss = totals["nll"] / tokens
     return {"loss": loss} | optimizer.step(loss).metrics()
 
@@ -148,16 +152,13 @@ def sft_nll(gpt: GPTModel, groups: Sequence[ResponseGroup], batching: Batching) 
 
     groups: each with one response.
     """
-    totals = evaluate(gpt, _sft_micro_batches(groups, batching), _nll(1.0), batching.vocab_size)
+    totals = evaluate(gpt, _sft_micro_batches(groups, batching), _nll, batching.vocab_size)
     return totals["nll"], _response_tokens(groups)
 
 
-def _nll(scale: float) -> Objective[None]:
-    def objective(_: None, per_token_logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        nll = -per_token_logps.sum(-1).sum()
-        return nll * scale, {"nll": nll.detach()}
-
-    return objective
+def _nll(_: None, per_token_logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    nll = -per_token_logps.sum(-1).sum()
+    return nll, {"nll": nll.detach()}
 
 
 def _response_tokens(groups: Sequence[ResponseGroup]) -> int:

@@ -33,8 +33,8 @@ def spin_step(
     without its weight; `grad_norm` is taken before clipping; `lr` is the learning rate of this step; `skipped` is 1
     where loss or gradient were not finite, and nothing was updated, else 0.
     """
-    objective = spin_objective(beta, loss, steps.gradient_scale() / len(pairs))
-    totals = steps.backward(optimizer, _micro_batches(pairs, batching), objective, batching.vocab_size)
+    micro_batches, objective = _micro_batches(pairs, batching), spin_objective(beta, loss)
+    totals = steps.backward(optimizer, micro_batches, objective, batching.vocab_size, denominator=len(pairs))
     means = {name: value / len(pairs) for name, value in totals.items()}
     return means | optimizer.step(means["loss"]).metrics()
 
@@ -43,7 +43,7 @@ def spin_metrics_of(
     gpt: GPTModel, pairs: Sequence[Pair], beta: float, batching: Batching, loss: LossConfig = PAPER
 ) -> dict[str, float]:
     """The metrics of `spin_step` for a global batch, summed over its pairs, without a step; on every rank."""
-    return steps.evaluate(gpt, _micro_batches(pairs, batching), spin_objective(beta, loss, 1.0), batching.vocab_size)
+    return steps.evaluate(gpt, _micro_batches(pairs, batching), spin_objective(beta, loss), batching.vocab_size)
 
 
 def _micro_batches(pairs: Sequence[Pair], batching: Batching) -> list[MicroBatch[PairRows]]:
@@ -80,8 +80,8 @@ def pair_rows(groups: Sequence[PairGroup]) -> PairRows:
     )
 
 
-def spin_objective(beta: float, loss: LossConfig, scale: float) -> Objective[PairRows]:
-    """The sum of the losses of a micro-batch's pairs times `scale`, and the sums of their metrics.
+def spin_objective(beta: float, loss: LossConfig) -> Objective[PairRows]:
+    """The sum of the losses of a micro-batch's pairs, and the sums of their metrics.
 
     `loss` is what is minimized; with an SFT term, `spin_loss` and `sft_loss` are its parts.
     """
@@ -103,6 +103,6 @@ def spin_objective(beta: float, loss: LossConfig, scale: float) -> Objective[Pai
             values |= spin_metrics(*four, beta, averaged)
             values |= {"loss": losses, "tokens/chosen": chosen_tokens, "tokens/rejected": rejected_tokens}
             sums = {name: value.sum() for name, value in values.items()}
-        return losses.sum() * scale, sums
+        return losses.sum(), sums
 
     return objective
