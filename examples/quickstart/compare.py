@@ -76,6 +76,7 @@ class Judge:
 
     def _generate(self, model: MegatronGPTSPINModel, per_prompt: int, greedy: bool) -> list[Response]:
         from nemo_spin.config import SamplingParams
+        from nemo_spin.generation.engine import Generator
         from nemo_spin.generation.interface import GenerationRequest
 
         rules = model.generation_rules(
@@ -85,7 +86,7 @@ class Judge:
             seed=self.seed,
             context_length=model.architecture.max_sequence_length,
         )
-        generator = model.generator(rules, slots=500)
+        generator = Generator(model.gpt, rules, slots=500)
         prompts = [example.prompt_ids for example in self.examples for _ in range(per_prompt)]
         return generator.generate([GenerationRequest(i, prompt, LONGEST) for i, prompt in enumerate(prompts)], 0)
 

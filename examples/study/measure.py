@@ -89,6 +89,7 @@ class Meter:
         self, model: MegatronGPTSPINModel, examples: Sequence[Example], stop_ids: frozenset[int], greedy: bool
     ) -> list[Response]:
         from nemo_spin.config import SamplingParams
+        from nemo_spin.generation.engine import Generator
         from nemo_spin.generation.interface import GenerationRequest
 
         rules = model.generation_rules(
@@ -98,7 +99,7 @@ class Meter:
             seed=self.seed,
             context_length=self.task.context,
         )
-        return model.generator(rules, slots=256).generate(
+        return Generator(model.gpt, rules, slots=256).generate(
             [GenerationRequest(i, example.prompt_ids, self.task.max_length) for i, example in enumerate(examples)],
             iteration=0,
         )

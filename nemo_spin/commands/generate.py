@@ -21,6 +21,7 @@ from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.prompts import Prompt, read_prompts
 from nemo_spin.generation.end_strings import text_of_response
+from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.architecture import check_layout
@@ -147,7 +148,7 @@ def respond(model: MegatronGPTSPINModel, cfg: GenerateConfig, request: Request, 
     """Make what is missing, chunk by chunk; is_main: whether this process writes it. Every process calls it."""
     context_length = model.architecture.max_sequence_length
     rules = model.generation_rules(cfg.sampling, cfg.lengths.min_length, request.stop_ids, cfg.seed, context_length)
-    generator = model.generator(rules, slots=cfg.rollout_batch_size)
+    generator = Generator(model.gpt, rules, slots=cfg.rollout_batch_size)
     batching = model.batching(cfg.micro_batch_size)
     # Nothing is written while another process may still be reading what is there.
     dist.barrier()
