@@ -1,7 +1,7 @@
 """The architecture of a GPT, independent of the family of its checkpoint and of the parallel layout.
 
-`nemo1.py` and `nemo2.py` make one from their configuration; `megatron/gpt.py` builds the model of it. What a
-megatron-core GPT of today cannot compute as the original did is refused before it gets here.
+Readers of checkpoints make one of a configuration; `gpt.py` builds the model of it. What a megatron-core GPT of today
+cannot compute as the original did is refused before it gets here.
 """
 
 from __future__ import annotations
