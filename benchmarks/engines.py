@@ -20,6 +20,7 @@ import workload
 from nemo_spin.config import SamplingParams
 from nemo_spin.generation.choose import MEGATRON, OWN, make_engine
 from nemo_spin.generation.interface import Engine, GenerationRequest
+from nemo_spin.generation.rules import Rules
 from nemo_spin.megatron import setup
 
 # tokens of the responses, and of the prompts, each repeated over the requests
@@ -51,14 +52,14 @@ def main() -> None:
     torch.manual_seed(0)
     setup.initialize(1, 1, seed=1)
     gpt, _ = workload.policy(steps=1)
+    rules = Rules(SAMPLING, workload.VOCAB_SIZE, workload.CONTEXT, seed=1)
     print(f"{arguments.threads} threads, {arguments.rounds} rounds, load average {os.getloadavg()[0]:.1f}")
     print("ratio: of the time on the clock, cpu: of the processor's; above 1 this package's engine is faster\n")
     print(f"{'':<28}{OWN + ' tok/s':>18}{'useful':>8}{MEGATRON + ' tok/s':>18}{'useful':>8}{'ratio':>8}{'cpu':>7}")
     for slots in arguments.slots:
         for shape, pattern in (("equal", EQUAL), ("skewed", SKEWED)):
             requests = requests_of(arguments.requests, pattern)
-            fixed = (workload.VOCAB_SIZE, workload.CONTEXT, SAMPLING, 0, frozenset(), 1, slots, 0)
-            ours, megatrons = (make_engine(name, gpt, *fixed) for name in (OWN, MEGATRON))
+            ours, megatrons = (make_engine(name, gpt, rules, slots) for name in (OWN, MEGATRON))
             if seconds(ours, requests)[2] != seconds(megatrons, requests)[2]:
                 raise SystemExit("The two engines make different responses.")
             taken = [(seconds(ours, requests), seconds(megatrons, requests)) for _ in range(arguments.rounds)]

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nemo_spin.config import OptimConfig, SamplingParams, SchedConfig
 from nemo_spin.data.example import Example
 from nemo_spin.generation.engine import Generator
+from nemo_spin.generation.rules import Rules
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
@@ -108,7 +109,7 @@ def generator(gpt: GPTModel, slots: int) -> Generator:
     sampling = SamplingParams(
         use_greedy=False, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, end_strings=()
     )
-    return Generator(gpt, VOCAB_SIZE, CONTEXT, sampling, 0, frozenset(), 1, slots, PAD_ID)
+    return Generator(gpt, Rules(sampling, VOCAB_SIZE, CONTEXT, seed=1), slots)
 
 
 def batching(micro_batch_size: int) -> Batching:

@@ -15,9 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
 from nemo_spin.errors import UserError
-from nemo_spin.generation.choose import make_engine
 from nemo_spin.generation.end_strings import ends_with_any
-from nemo_spin.generation.interface import Engine
+from nemo_spin.generation.rules import Rules
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.architecture import Architecture, check_layout
 from nemo_spin.megatron.gpt import build_gpt
@@ -101,37 +100,24 @@ class MegatronGPTSPINModel(ModelPT):
 
     # ------------------------------------------------------------------------------------------ for any use
 
-    def generator(
-        self,
-        sampling: SamplingParams,
-        min_length: int,
-        stop_ids: frozenset[int],
-        seed: int,
-        slots: int | None,
-        context_length: int,
-        kv_cache_gib: float | None = None,
-        engine: str = "auto",
-    ) -> Engine:
-        """What makes responses with the weights that the model has then; see `Generator` for the numbers.
+    def generation_rules(
+        self, sampling: SamplingParams, min_length: int, stop_ids: frozenset[int], seed: int, context_length: int
+    ) -> Rules:
+        """What the responses of this model depend on; the arguments as in `Rules`.
 
         stop_ids: the ids at which a response ends, beside the end strings of `sampling`: one that is a single token
         joins them, the others are looked for in the text.
         """
         ids = {text: self.tokenizer.id_of(text) for text in sampling.end_strings}
         in_text = [text for text, token in ids.items() if token is None]
-        return make_engine(
-            engine,
-            self.gpt,
+        return Rules(
+            sampling=sampling,
             vocab_size=min(self.tokenizer.vocab_size, self.architecture.vocab_size),
             max_sequence_length=context_length,
-            sampling=sampling,
+            seed=seed,
             min_length=min_length,
             stop_ids=stop_ids | {token for token in ids.values() if token is not None},
-            seed=seed,
-            slots=slots,
-            pad_id=self.tokenizer.pad_id,
             should_stop=ends_with_any(in_text, self.tokenizer) if in_text else None,
-            kv_cache_gib=kv_cache_gib,
         )
 
     def batching(
@@ -161,15 +147,8 @@ class MegatronGPTSPINModel(ModelPT):
             self.gpt,
             self.tokenizer,
             cfg,
-            engine=self.generator(
-                cfg.spin.sampling_params,
-                min_length=cfg.spin.length_params.min_length,
-                stop_ids=stop_ids,
-                seed=cfg.seed,
-                slots=cfg.spin.rollout_batch_size,
-                context_length=context_length,
-                kv_cache_gib=cfg.spin.kv_cache_gib,
-                engine=cfg.spin.generation_engine,
+            self.generation_rules(
+                cfg.spin.sampling_params, cfg.spin.length_params.min_length, stop_ids, cfg.seed, context_length
             ),
             train_batching=self.batching(cfg.micro_batch_size, *at_a_time),
             score_batching=self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time),

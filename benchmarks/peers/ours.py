@@ -28,6 +28,7 @@ from workloads import WORKLOADS, Workload
 
 from nemo_spin.commands import train
 from nemo_spin.config import config_dir, parse_config, register_resolvers
+from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
@@ -112,14 +113,14 @@ class Side:
             cfg = configuration(workload, Path(data), Path(scratch))
             if self._model is None:
                 self._model = load(cfg)
-            generator = self._model.generator(
+            rules = self._model.generation_rules(
                 parse_config(cfg).spin.sampling_params,
                 min_length=1,
                 stop_ids=frozenset() if workload.equal else frozenset({workloads.EOS_ID}),
                 seed=SEED,
-                slots=batch,
                 context_length=workload.context,
             )
+            generator = Generator(self._model.gpt, rules, slots=batch)
         requests = [GenerationRequest(i, tuple(p), workload.max_new_tokens) for i, p in enumerate(texts.prompts)]
         start = time.perf_counter()
         responses = generator.generate(requests, next(self._iterations))

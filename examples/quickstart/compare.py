@@ -79,19 +79,14 @@ class Judge:
         from nemo_spin.generation.engine import Generator
         from nemo_spin.generation.interface import GenerationRequest
 
-        generator = Generator(
-            model.gpt,
-            vocab_size=model.tokenizer.vocab_size,
-            max_sequence_length=model.architecture.max_sequence_length,
-            sampling=SamplingParams(
-                greedy, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, end_strings=()
-            ),
+        rules = model.generation_rules(
+            SamplingParams(greedy, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, end_strings=()),
             min_length=1,
             stop_ids=frozenset({model.tokenizer.eos_id}),
             seed=self.seed,
-            slots=500,
-            pad_id=model.tokenizer.pad_id,
+            context_length=model.architecture.max_sequence_length,
         )
+        generator = Generator(model.gpt, rules, slots=500)
         prompts = [example.prompt_ids for example in self.examples for _ in range(per_prompt)]
         return generator.generate([GenerationRequest(i, prompt, LONGEST) for i, prompt in enumerate(prompts)], 0)
 

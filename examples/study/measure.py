@@ -89,17 +89,17 @@ class Meter:
         self, model: MegatronGPTSPINModel, examples: Sequence[Example], stop_ids: frozenset[int], greedy: bool
     ) -> list[Response]:
         from nemo_spin.config import SamplingParams
+        from nemo_spin.generation.engine import Generator
         from nemo_spin.generation.interface import GenerationRequest
 
-        generator = model.generator(
+        rules = model.generation_rules(
             SamplingParams(greedy, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, end_strings=()),
             min_length=1,
             stop_ids=stop_ids,
             seed=self.seed,
-            slots=256,
             context_length=self.task.context,
         )
-        return generator.generate(
+        return Generator(model.gpt, rules, slots=256).generate(
             [GenerationRequest(i, example.prompt_ids, self.task.max_length) for i, example in enumerate(examples)],
             iteration=0,
         )

@@ -21,6 +21,7 @@ from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.prompts import Prompt, read_prompts
 from nemo_spin.generation.end_strings import text_of_response
+from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.architecture import check_layout
@@ -146,14 +147,8 @@ def generate(cfg: GenerateConfig) -> None:
 def respond(model: MegatronGPTSPINModel, cfg: GenerateConfig, request: Request, is_main: bool) -> None:
     """Make what is missing, chunk by chunk; is_main: whether this process writes it. Every process calls it."""
     context_length = model.architecture.max_sequence_length
-    generator = model.generator(
-        cfg.sampling,
-        min_length=cfg.lengths.min_length,
-        stop_ids=request.stop_ids,
-        seed=cfg.seed,
-        slots=cfg.rollout_batch_size,
-        context_length=context_length,
-    )
+    rules = model.generation_rules(cfg.sampling, cfg.lengths.min_length, request.stop_ids, cfg.seed, context_length)
+    generator = Generator(model.gpt, rules, slots=cfg.rollout_batch_size)
     batching = model.batching(cfg.micro_batch_size)
     # Nothing is written while another process may still be reading what is there.
     dist.barrier()
@@ -174,7 +169,7 @@ def respond(model: MegatronGPTSPINModel, cfg: GenerateConfig, request: Request, 
                 text = text_of_response(
                     response.ids,
                     response.finish_reason,
-                    generator.stop_ids,
+                    rules.stop_ids,
                     cfg.sampling.end_strings,
                     model.tokenizer,
                 )

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nemo_spin.errors import ConfigError
 from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import Engine
+from nemo_spin.generation.rules import Rules
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
     from nemo_spin.megatron.architecture import Architecture
 
 OWN, MEGATRON = "nemo_spin", "megatron"
 
 
-def make_engine(name: str, *args: Any, **options: Any) -> Engine:
-    """The engine of this name (`model.spin.generation_engine`); the arguments are those of `Generator`."""
+def make_engine(
+    name: str, model: GPTModel, rules: Rules, slots: int | None = None, kv_cache_gib: float | None = None
+) -> Engine:
+    """The engine of this name (`model.spin.generation_engine`); the other arguments are those of `Engine`."""
     if name != MEGATRON:
-        return Generator(*args, **options)
+        return Generator(model, rules, slots, kv_cache_gib)
     # Only here, because it imports all of megatron-core's inference.
     from nemo_spin.generation.megatron_engine import MegatronEngine
 
-    return MegatronEngine(*args, **options)
+    return MegatronEngine(model, rules, slots, kv_cache_gib)
 
 
 def check_engine(name: str, architecture: Architecture, precision: str) -> None:

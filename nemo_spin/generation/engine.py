@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -26,7 +25,8 @@ from nemo_spin.generation.cache_limit import cache_tokens, rows_that_fit
 from nemo_spin.generation.interface import GenerationRequest, Response, Statistics
 from nemo_spin.generation.mode import generating
 from nemo_spin.generation.row_group import RowGroup, to_device
-from nemo_spin.generation.rows import Row, Rules, distinct, finished_responses, response_of
+from nemo_spin.generation.rows import Row, distinct, extend, finished_responses, rows_of, tell
+from nemo_spin.generation.rules import Rules
 from nemo_spin.generation.sampling import Sampler, SeenTokens
 from nemo_spin.generation.schedule import MOST_SLOTS, Schedule, Waiting, groups_wanted
 from nemo_spin.generation.stages import Stage
@@ -34,66 +34,22 @@ from nemo_spin.generation.vocabulary import VocabularyShard
 from nemo_spin.megatron.rotary import RotaryAngles
 from nemo_spin.runtime.watchdog import beat
 
-if TYPE_CHECKING:
-    from nemo_spin.config import SamplingParams
-
 
 class Generator:
-    """Generates responses with the weights that the model has when `generate` is called.
-
-    model: this rank's chunk of the model; there is only one (no virtual pipeline).
-    vocab_size: ids from here on are padding of the embedding and never sampled.
-    max_sequence_length: tokens of prompt and response together, at most.
-    min_length: tokens of a response before which nothing ends it but its budget.
-    stop_ids: a response ends with the first of these, which belongs to it.
-    slots: rows decoded at a time; under pipeline parallelism in each of the groups in flight. None: as many as the
-        cache holds, up to MOST_SLOTS.
-    pad_id: any valid id; fills prompts of unequal length.
-    kv_cache_gib: GiB that keys and values take on each process at most. None: a share of the memory that is free.
-    should_stop: asked after each token, with the ids generated so far, whether the response ends here; has to answer
-        alike on every rank.
-    """
+    """This package's own `Engine`: continuous batching over a cache that grows with its rows."""
 
     def __init__(
-        self,
-        model: GPTModel,
-        vocab_size: int,
-        max_sequence_length: int,
-        sampling: SamplingParams,
-        min_length: int,
-        stop_ids: frozenset[int],
-        seed: int,
-        slots: int | None,
-        pad_id: int,
-        should_stop: Callable[[Sequence[int]], bool] | None = None,
-        kv_cache_gib: float | None = None,
+        self, model: GPTModel, rules: Rules, slots: int | None = None, kv_cache_gib: float | None = None
     ) -> None:
-        self.statistics = Statistics()
-        self._rules = Rules(vocab_size, max_sequence_length, sampling, min_length, stop_ids, seed, should_stop)
-        self._model, self.stop_ids = model, stop_ids
-        self._slots, self._pad_id, self._kv_cache_gib = slots or MOST_SLOTS, pad_id, kv_cache_gib
+        """The arguments are those of `Engine`."""
+        self.rules, self.statistics = rules, Statistics()
+        self._model, self._slots, self._kv_cache_gib = model, slots or MOST_SLOTS, kv_cache_gib
         self._device = next(model.parameters()).device
         self._stage = Stage(model)
         self._sampler = None
         if model.post_process:
-            shard = VocabularyShard(model.output_layer.output_size_per_partition, vocab_size)
-            self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device, shard)
-
-    @property
-    def temperature(self) -> float:
-        """See `Engine.temperature`."""
-        return self._rules.temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._rules.temperature = value
-        if self._sampler is not None:
-            self._sampler.temperature = value
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """See `Engine.settings`."""
-        return self._rules.settings
+            shard = VocabularyShard(model.output_layer.output_size_per_partition, rules.vocab_size)
+            self._sampler = Sampler(rules, self._device, shard)
 
     def generate(
         self,
@@ -105,7 +61,7 @@ class Generator:
     ) -> list[Response]:
         """See `Engine.generate`. interrupted: asked before each round of the groups."""
         self.statistics = Statistics()
-        rows = self._rules.rows(requests, iteration)
+        rows = rows_of(requests, iteration, self.rules)
         if not rows:
             return []
         waiting = Waiting(rows)
@@ -121,11 +77,7 @@ class Generator:
                     ended = self._settle(group)
                     self._advance(group, caches, angles)
                     self._note_cache(groups)
-                    if finished is not None:
-                        for row in ended:
-                            finished(response_of(requests[row.order], row))
-                    if ended and progress is not None:
-                        progress(len(ended))
+                    tell(finished_responses(requests, ended), progress, finished)
         return finished_responses(requests, rows)
 
     def _rotary_angles(self, length: int) -> Tensor | None:
@@ -165,8 +117,8 @@ class Generator:
         copies = to_device([places], self._device)[0] if len(read) < len(rows) else None
         lengths = [row.length for row in read]
         longest = max(lengths)
-        padding = (self._pad_id,)
-        padded = [(*row.prompt_ids, *row.ids, *padding * (longest - row.length)) for row in read]
+        # No token attends to the padding: any id will do.
+        padded = [(*row.prompt_ids, *row.ids, *(0,) * (longest - row.length)) for row in read]
         tokens = to_device(padded, self._device)
         positions = torch.arange(longest, device=self._device).expand_as(tokens)
         group.cache.begin_prefill(first, copies)
@@ -211,8 +163,7 @@ class Generator:
             return []
         ids, group.underway = group.underway.wait(), None
         group.extend(group.first_underway, ids)
-        for row, token in zip(group.rows_underway, ids.tolist(), strict=True):
-            self._rules.extend(row, token)
+        extend(group.rows_underway, ids.tolist(), self.rules)
         self.statistics.generated_tokens += len(group.rows_underway)
         ended, preempted, moves = group.schedule.leave()
         self.statistics.preempted_rows += len(preempted)

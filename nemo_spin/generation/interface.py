@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
+
+from nemo_spin.generation.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,18 @@ class Statistics:
 class Engine(Protocol):
     """Generates responses with the weights that its model has when `generate` is called.
 
-    stop_ids: a response ends with the first of these, which belongs to it.
+    Made of (model, rules, slots, kv_cache_gib):
+    model: this rank's chunk of the model; there is only one (no virtual pipeline).
+    rules: what the responses depend on.
+    slots: rows decoded at a time, under pipeline parallelism in each of the groups in flight. None: as many as the
+        cache holds, up to MOST_SLOTS.
+    kv_cache_gib: GiB that keys and values take on each process at most. None: a share of the memory that is free.
+
     statistics: of the last call.
-    temperature: divides the logits, from the next call of `generate` on; of the `SamplingParams` at first.
     """
 
-    stop_ids: frozenset[int]
+    rules: Rules
     statistics: Statistics
-    temperature: float
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a response depends on beside its request and the weights, as JSON has it."""
-        ...
 
     def generate(
         self,

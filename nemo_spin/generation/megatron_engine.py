@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,14 @@ from nemo_spin.generation.interface import GenerationRequest, Response, Statisti
 from nemo_spin.generation.megatron_engine_cpu import cpu_stand_ins
 from nemo_spin.generation.megatron_engine_parts import Capacity, add, build_engine, last_stage_rank, release
 from nemo_spin.generation.mode import generating
-from nemo_spin.generation.rows import Row, Rules, finished_responses, response_of
+from nemo_spin.generation.rows import Row, extend, finished_responses, rows_of, tell
+from nemo_spin.generation.rules import Rules
 from nemo_spin.generation.sampling import Sampler, SeenTokens
 from nemo_spin.generation.schedule import MOST_SLOTS
 from nemo_spin.runtime.watchdog import beat
 
 if TYPE_CHECKING:
     from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
-
-    from nemo_spin.config import SamplingParams
 
 # Tokens of a pass at most, unless a single prompt is longer: bounds its activations.
 PASS_TOKENS = 16384
@@ -44,49 +43,16 @@ GPU_PAGE, CPU_PAGE = 256, 16
 
 
 class MegatronEngine:
-    """Generates responses with the weights that the model has when `generate` is called.
-
-    The arguments are those of `Generator`; pad_id is of no use here, because prompts are not padded. A prompt to which
-    there are several responses is read for each of them.
-
-    Raises UserError where megatron-core's engine cannot run, or cannot compute what the model computes.
-    """
+    """megatron-core's engine as an `Engine`. A prompt to which there are several responses is read for each of them."""
 
     def __init__(
-        self,
-        model: GPTModel,
-        vocab_size: int,
-        max_sequence_length: int,
-        sampling: SamplingParams,
-        min_length: int,
-        stop_ids: frozenset[int],
-        seed: int,
-        slots: int | None,
-        pad_id: int = 0,
-        should_stop: Callable[[Sequence[int]], bool] | None = None,
-        kv_cache_gib: float | None = None,
+        self, model: GPTModel, rules: Rules, slots: int | None = None, kv_cache_gib: float | None = None
     ) -> None:
-        self.statistics = Statistics()
-        self._rules = Rules(vocab_size, max_sequence_length, sampling, min_length, stop_ids, seed, should_stop)
-        self._model, self.stop_ids = model, stop_ids
-        self._slots, self._kv_cache_gib = slots or MOST_SLOTS, kv_cache_gib
+        """The arguments are those of `Engine`."""
+        self.rules, self.statistics = rules, Statistics()
+        self._model, self._slots, self._kv_cache_gib = model, slots or MOST_SLOTS, kv_cache_gib
         self._device = next(model.parameters()).device
-        self._sampler = Sampler(sampling, vocab_size, min_length, stop_ids, self._device)
-
-    @property
-    def temperature(self) -> float:
-        """See `interface.Engine.temperature`."""
-        return self._rules.temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._rules.temperature = value
-        self._sampler.temperature = value
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """See `interface.Engine.settings`: the same for every engine."""
-        return self._rules.settings
+        self._sampler = Sampler(rules, self._device)
 
     def generate(
         self,
@@ -98,7 +64,7 @@ class MegatronEngine:
     ) -> list[Response]:
         """See `interface.Engine.generate`."""
         self.statistics = Statistics()
-        rows = self._rules.rows(requests, iteration)
+        rows = rows_of(requests, iteration, self.rules)
         if not rows:
             return []
         with self._engine_for(rows) as engine:
@@ -106,11 +72,7 @@ class MegatronEngine:
                 beat()
                 self._ended: list[Row] = []
                 engine.step_modern()
-                if finished is not None:
-                    for row in self._ended:
-                        finished(response_of(requests[row.order], row))
-                if self._ended and progress is not None:
-                    progress(len(self._ended))
+                tell(finished_responses(requests, self._ended), progress, finished)
         return finished_responses(requests, rows)
 
     @contextmanager
@@ -120,7 +82,7 @@ class MegatronEngine:
         self._rows, self._seen = rows, None
         self._free_slots, self._slot_of = list(range(capacity.rows)), {}
         if self._sampler.needs_seen_tokens and dist.get_rank() == last_stage_rank():
-            self._seen = SeenTokens(capacity.rows, self._sampler.vocab_size, self._device)
+            self._seen = SeenTokens(capacity.rows, self._sampler.columns, self._device)
         with _fixed_angles(self._model, capacity.length), generating(self._model), cpu_stand_ins(self._model):
             self._engine = engine = build_engine(self._model, capacity, self._sample, self._which_ended)
             try:
@@ -169,8 +131,8 @@ class MegatronEngine:
         group = parallel_state.get_model_parallel_group()
         if group.size() > 1:
             dist.broadcast(ids, last_stage_rank(), group=group)
-        for row, token in zip(rows, ids.tolist(), strict=True):
-            self._rules.extend(row, token)
+        extend(rows, ids.tolist(), self.rules)
+        for row in rows:
             if row.finish_reason is not None:
                 self._ended.append(row)
                 if row.order in self._slot_of:

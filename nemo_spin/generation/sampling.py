@@ -6,7 +6,7 @@ this file, as transformers' `generate` does; greedy decoding takes only the firs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_spin.generation.noise import gumbel, token_keys, vocabulary_codes
 
 if TYPE_CHECKING:
-    from nemo_spin.config import SamplingParams
+    from nemo_spin.generation.rules import Rules
     from nemo_spin.generation.vocabulary import VocabularyShard
 
 NO_TOKEN = -1
@@ -65,37 +65,27 @@ def keep_top_p(logits: Tensor, p: float, whole: Tensor | None = None) -> Tensor:
 class Sampler:
     """Chooses the next token of each row.
 
-    vocab_size: the rows of the logits beyond it are padding and never chosen.
-    temperature: the one of `sampling`, until it is set.
-    min_length: no id of stop_ids is chosen before the response has this many tokens.
+    rules: rows of the logits beyond its vocab_size are padding and never chosen; no id of its stop_ids is chosen before
+        the response has min_length tokens.
     shard: the part of the vocabulary that this rank's logits are of, None for all of it. The ranks tell each other the
         best token of their parts; beside it top_k makes them exchange k logits of each part, and top_p all of them,
         because what it keeps depends on the sum of all probabilities in their order.
     """
 
-    def __init__(
-        self,
-        sampling: SamplingParams,
-        vocab_size: int,
-        min_length: int,
-        stop_ids: Iterable[int],
-        device: torch.device | str = "cpu",
-        shard: VocabularyShard | None = None,
-    ) -> None:
-        self.sampling, self.vocab_size, self.min_length = sampling, vocab_size, min_length
-        self.temperature = sampling.temperature
-        self.start, self.columns, self._size = 0, vocab_size, vocab_size
+    def __init__(self, rules: Rules, device: torch.device | str = "cpu", shard: VocabularyShard | None = None) -> None:
+        self._sampling, self._vocab_size, self._min_length = rules.sampling, rules.vocab_size, rules.min_length
+        self.start, self.columns, self._size = 0, rules.vocab_size, rules.vocab_size
         self._shard = shard if shard is not None and shard.parts > 1 else None
         if self._shard is not None:
             self.start, self.columns, self._size = self._shard.start, self._shard.rows, self._shard.size
-        own = sorted(i - self.start for i in stop_ids if self.start <= i < self.start + self._size)
+        own = sorted(i - self.start for i in rules.stop_ids if self.start <= i < self.start + self._size)
         self._stop_columns = torch.tensor(own, dtype=torch.int64, device=device)
         stop = self.start + self.columns
-        self._codes = None if sampling.use_greedy else vocabulary_codes(self.start, stop, device)
+        self._codes = None if rules.sampling.use_greedy else vocabulary_codes(self.start, stop, device)
 
     @property
     def needs_seen_tokens(self) -> bool:
-        return self.sampling.repetition_penalty != 1.0
+        return self._sampling.repetition_penalty != 1.0
 
     def __call__(self, logits: Tensor, sample_keys: Tensor, lengths: Tensor, seen: Tensor | None = None) -> Tensor:
         """logits: [b, >= columns], any float dtype; a float32 tensor is overwritten.
@@ -104,22 +94,22 @@ class Sampler:
 
         Returns [b] int64 ids, NO_TOKEN where the logits were not finite or every token was banned.
         """
-        params = self.sampling
+        params = self._sampling
         logits = logits[:, : self.columns].float()
         if self._size < self.columns:
             logits[:, self._size :] = float("-inf")
         if self.needs_seen_tokens:
             assert seen is not None
             penalize_repetition(logits, seen, params.repetition_penalty)
-        if self.min_length > 0 and len(self._stop_columns):
-            ban(logits, lengths < self.min_length, self._stop_columns)
+        if self._min_length > 0 and len(self._stop_columns):
+            ban(logits, lengths < self._min_length, self._stop_columns)
         if not params.use_greedy:
-            if self.temperature != 1.0:
-                divide_by_temperature(logits, self.temperature)
+            if params.temperature != 1.0:
+                divide_by_temperature(logits, params.temperature)
             if params.top_k > 0:
                 keep_top_k(logits, params.top_k, self._shard and self._shard.gather)
             if params.top_p < 1.0:
-                keep_top_p(logits, params.top_p, self._shard and self._shard.gather(logits)[:, : self.vocab_size])
+                keep_top_p(logits, params.top_p, self._shard and self._shard.gather(logits)[:, : self._vocab_size])
             logits.add_(gumbel(token_keys(sample_keys, lengths), self._codes))
         best, ids = logits.max(dim=-1)
         if self._shard is not None:

@@ -160,10 +160,6 @@ class Optimizer:
             if 0.0 < part.config.clip_grad < grad_norm:
                 clip_grads_with_norm_(part.get_parameters(), part.config.clip_grad, torch.as_tensor(grad_norm))
 
-    def reload_weights(self) -> None:
-        """Take the model's present weights as the ones to update, after they were written to from outside."""
-        self._optimizer.reload_model_params()
-
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """Moments, step and fp32 parameters as megatron-core shards them.
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_spin.megatron.sequences import ResponseGroup, collate
+from nemo_spin.megatron.sequences import ResponseGroup
 
 # Rows of attention are padded to one length as long as no more than this share of it is padding.
 _MOST_PADDING = 0.2
@@ -78,19 +78,18 @@ class ModelInput:
     rows: AttentionRows | None = None
     lengths: tuple[int, ...] | None = None
 
-    def to(self, device: torch.device) -> ModelInput:
-        return _to(self, device)
-
 
 def padded(groups: Sequence[ResponseGroup], pad_id: int, multiple_of: int = 1) -> ModelInput:
     """Each response in a row of its own, [responses, s], s a multiple of `multiple_of`."""
     responses = [(group.prompt_ids, response) for group, response, _ in _in_shares(groups)]
-    batch = collate(*zip(*responses, strict=True), pad_id, multiple_of)
-    rows, length = batch.tokens.shape
+    lengths = [len(prompt) + len(response) for prompt, response in responses]
+    rows, longest = len(lengths), -(-max(lengths) // multiple_of) * multiple_of
+    sequences = zip(responses, lengths, strict=True)
+    tokens = torch.tensor([[*prompt, *ids, *[pad_id] * (longest - length)] for (prompt, ids), length in sequences])
     # Hidden states are [s, b].
-    where = [torch.arange(int(n)) * rows + row for row, n in enumerate(batch.sequence_lengths)]
-    positions = torch.arange(length).expand(rows, length)
-    return ModelInput(batch.tokens, positions, _targets(where, responses, [0] * rows))
+    where = [torch.arange(length) * rows + row for row, length in enumerate(lengths)]
+    positions = torch.arange(longest).expand(rows, longest)
+    return ModelInput(tokens, positions, _targets(where, responses, [0] * rows))
 
 
 def packed(
@@ -226,14 +225,3 @@ def _blocks(lengths: Sequence[int]) -> list[list[int]]:
             real = lengths[number]
         blocks[-1].append(number)
     return blocks
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        # The copy is queued; on a GPU the host does not wait for what runs there.
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    if isinstance(value, Targets | AttentionRows | ModelInput):
-        return type(value)(*(_to(getattr(value, name), device) for name in value.__slots__))
-    return value

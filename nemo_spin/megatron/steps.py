@@ -2,7 +2,7 @@
 
 A global batch is a list that every process holds. Each data-parallel rank takes its share; losses are averaged over
 the whole global batch, so that the micro-batch size, the number of data-parallel ranks and the padding of an incomplete
-batch change nothing. `selfplay/step.py` builds SPIN's step from the same parts.
+batch change nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from nemo_spin.megatron import forward, packing
 from nemo_spin.megatron.forward import MicroBatch, Objective
 from nemo_spin.megatron.gpt import have_transformer_engine
-from nemo_spin.megatron.micro_batches import Size, cut, share_out
+from nemo_spin.megatron.micro_batches import G, Group, Single, Size, cut, share_out
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.packing import ModelInput
 from nemo_spin.megatron.sequences import ResponseGroup
@@ -37,7 +37,7 @@ class Batching:
 
     vocab_size: real rows of the vocabulary; the rest is padding.
     pad_id: token id that fills up sequences on the right.
-    micro_batch_size: items (pairs, examples) that go through the model together, at most.
+    micro_batch_size: items that go through the model together, at most.
     multiple_of: what is fed to the model has a length that is a multiple of it (the tensor-parallel size under sequence
         parallelism).
     micro_batch_tokens: in place of micro_batch_size, tokens that go through the model together, at most; an item that
@@ -66,53 +66,72 @@ class Batching:
     def _is_packed(self) -> bool:
         return not have_transformer_engine() if self.packed is None else self.packed
 
-    def collate(self, groups: Sequence[ResponseGroup]) -> ModelInput:
+    def collate(self, groups: Sequence[Group]) -> ModelInput:
+        """The tensors of a micro-batch."""
+        sequences = [group.sequences for group in groups]
         if not self._is_packed:
-            return packing.padded(groups, self.pad_id, self.multiple_of)
-        return packing.packed(groups, self.pad_id, self.multiple_of, share_prompts=not have_transformer_engine())
+            return packing.padded(sequences, self.pad_id, self.multiple_of)
+        return packing.packed(sequences, self.pad_id, self.multiple_of, share_prompts=not have_transformer_engine())
 
 
-def own_share(
-    groups: Sequence[ResponseGroup], batching: Batching, examples: Sequence[int] | None = None
-) -> list[tuple[list[int], float]]:
-    """This data-parallel rank's micro-batches of a global batch: numbers of the items, and the weight of each item.
+def own_micro_batches(
+    groups: Sequence[G], batching: Batching, context: Callable[[list[G]], T] = lambda _: None
+) -> list[MicroBatch[T]]:
+    """This data-parallel rank's micro-batches of a global batch. context: of the groups in one, for the objective.
 
-    examples: see `share_out`. Where there are fewer items than ranks, one is repeated with weight 0.
+    Where there are fewer items than ranks, one is repeated with weight 0.
     """
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    own = share_out(groups, batching.size, size, examples)[rank]
-    shortest = min(range(len(groups)), key=lambda i: groups[i].packed_tokens)
-    return [(numbers or [shortest], float(bool(numbers))) for numbers in own]
+    shortest = min((group[-1:] for group in groups), key=lambda item: item.sequences.packed_tokens)
 
+    def micro_batch(batch: list[G], weight: float) -> MicroBatch[T]:
+        return MicroBatch(batching.collate(batch), context(batch), weight)
 
-def gradient_scale() -> int:
-    """Undoes the average over data-parallel ranks: losses are already divided by what the global batch holds."""
-    return parallel_state.get_data_parallel_world_size()
+    own = share_out(groups, batching.size, size)[rank]
+    return [micro_batch(batch, 1.0) if batch else micro_batch([shortest], 0.0) for batch in own]
 
 
 def backward(
-    optimizer: Optimizer, micro_batches: list[MicroBatch], objective: Objective, vocab_size: int
+    optimizer: Optimizer,
+    micro_batches: list[MicroBatch[T]],
+    objective: Objective[T],
+    vocab_size: int,
+    denominator: int,
 ) -> dict[str, float]:
-    """Leave the gradients of a global batch in the model. Returns the sums of the objective's values, on every rank."""
-    optimizer.model.train()
+    """Leave the gradients of a global batch in the model. Returns the sums of the objective's values, on every rank.
+
+    denominator: of the loss: what the global batch holds.
+    """
+    model = optimizer.model
+    model.train()
     optimizer.zero_grad()
-    return _totals(
-        optimizer.model, forward.run(optimizer.model, micro_batches, objective, vocab_size, forward_only=False)
-    )
+    # Undoes the average over data-parallel ranks.
+    scale = parallel_state.get_data_parallel_world_size() / denominator
+    values = forward.run(model, micro_batches, objective, vocab_size, forward_only=False, scale=scale)
+    return _totals(model, micro_batches, values)
 
 
 @torch.no_grad()
-def evaluate(gpt: GPTModel, micro_batches: list[MicroBatch], objective: Objective, vocab_size: int) -> dict[str, float]:
+def evaluate(
+    gpt: GPTModel, micro_batches: list[MicroBatch[T]], objective: Objective[T], vocab_size: int
+) -> dict[str, float]:
     """The sums of the objective's values over a global batch, on every rank, without gradients."""
     gpt.eval()
-    return _totals(gpt, forward.run(gpt, micro_batches, objective, vocab_size, forward_only=True))
+    values = forward.run(gpt, micro_batches, objective, vocab_size, forward_only=True)
+    return _totals(gpt, micro_batches, values)
 
 
-def _totals(model: torch.nn.Module, values: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Sums over this rank's micro-batches and over data-parallel ranks, in fp64."""
+def _totals(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], values: Sequence[dict[str, Tensor]]
+) -> dict[str, float]:
+    """Weighted sums over this rank's micro-batches and over data-parallel ranks, in fp64."""
+    weights = [micro_batch.weight for micro_batch in micro_batches]
+
+    def total(name: str) -> Tensor:
+        return torch.stack([each[name].double() * weight for each, weight in zip(values, weights, strict=True)]).sum()
+
     names = list(values[0])
-    sums = torch.stack([torch.stack([value[name].double() for value in values]).sum() for name in names])
-    sums = sums.to(next(model.parameters()).device)
+    sums = torch.stack([total(name) for name in names]).to(next(model.parameters()).device)
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
     return dict(zip(names, sums.tolist(), strict=True))
 
@@ -123,8 +142,7 @@ def sft_step(optimizer: Optimizer, groups: Sequence[ResponseGroup], batching: Ba
     groups: each with one response. Returns `loss` in nats per token, and what `Optimizer.step` says.
     """
     tokens = _response_tokens(groups)
-    objective = _nll(gradient_scale() / tokens)
-    totals = backward(optimizer, _sft_micro_batches(groups, batching), objective, batching.vocab_size)
+    totals = backward(optimizer, _sft_micro_batches(groups, batching), _nll, batching.vocab_size, tokens)
     loss = totals["nll"] / tokens
     return {"loss": loss} | optimizer.step(loss).metrics()
 
@@ -134,28 +152,21 @@ def sft_nll(gpt: GPTModel, groups: Sequence[ResponseGroup], batching: Batching) 
 
     groups: each with one response.
     """
-    totals = evaluate(gpt, _sft_micro_batches(groups, batching), _nll(1.0), batching.vocab_size)
+    totals = evaluate(gpt, _sft_micro_batches(groups, batching), _nll, batching.vocab_size)
     return totals["nll"], _response_tokens(groups)
 
 
-def _nll(scale: float) -> Objective:
-    def objective(micro_batch: MicroBatch[Tensor], per_token_logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = micro_batch.context.to(per_token_logps.device, non_blocking=True)
-        nll = -(per_token_logps.sum(-1) * weights).sum()
-        return nll * scale, {"nll": nll.detach()}
-
-    return objective
+def _nll(_: None, per_token_logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    nll = -per_token_logps.sum(-1).sum()
+    return nll, {"nll": nll.detach()}
 
 
 def _response_tokens(groups: Sequence[ResponseGroup]) -> int:
     return sum(len(response) for group in groups for response in group.responses)
 
 
-def _sft_micro_batches(groups: Sequence[ResponseGroup], batching: Batching) -> list[MicroBatch[Tensor]]:
-    return [
-        MicroBatch(batching.collate([groups[i] for i in numbers]), torch.full((len(numbers),), weight))
-        for numbers, weight in own_share(groups, batching)
-    ]
+def _sft_micro_batches(groups: Sequence[ResponseGroup], batching: Batching) -> list[MicroBatch[None]]:
+    return own_micro_batches([Single(group) for group in groups], batching)
 
 
 @torch.no_grad()
@@ -185,22 +196,21 @@ def group_logps(
 ) -> list[tuple[Tensor, ...]]:
     """As `response_logps`, of all responses of each group; where they are packed, their prompt is computed once."""
 
-    def objective(micro_batch: MicroBatch[list[int]], per_token_logps: Tensor):
+    def objective(_: None, per_token_logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return per_token_logps.sum(), {"logps": per_token_logps}
 
     gpt.eval()
     logps: dict[tuple[int, int], Tensor] = {}
-    for numbers in _slices(cut(groups, batching.size), _MICRO_BATCHES_AT_A_TIME):
-        micro_batches: list[MicroBatch[list[int]]] = [
-            MicroBatch(batching.collate([groups[i] for i in own]), own) for own in numbers
-        ]
+    items = [Single(group, number) for number, group in enumerate(groups)]
+    for batches in _slices(cut(items, batching.size), _MICRO_BATCHES_AT_A_TIME):
+        micro_batches = [MicroBatch(batching.collate(batch), None) for batch in batches]
         values = forward.run(gpt, micro_batches, objective, batching.vocab_size, forward_only=True, progress=progress)
-        for micro_batch, value in zip(micro_batches, values, strict=True):
-            own, lengths = micro_batch.context, micro_batch.inputs.targets.lengths
-            order = packing.response_order([groups[i] for i in own])
-            for (i, share), length, row in zip(order, lengths, value["logps"].cpu(), strict=True):
-                logps[own[i], share] = row[:length].clone()
-    return [tuple(logps[i, share] for share in range(len(group.responses))) for i, group in enumerate(groups)]
+        for batch, micro_batch, value in zip(batches, micro_batches, values, strict=True):
+            order = packing.response_order([item.sequences for item in batch])
+            lengths = micro_batch.inputs.targets.lengths
+            for (place, response), length, row in zip(order, lengths, value["logps"].cpu(), strict=True):
+                logps[batch[place].number, response] = row[:length].clone()
+    return [tuple(logps[i, response] for response in range(len(group.responses))) for i, group in enumerate(groups)]
 
 
 def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

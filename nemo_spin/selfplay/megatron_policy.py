@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.example import Example
 from nemo_spin.data.tokenizer import TextTokenizer
-from nemo_spin.generation.interface import Engine
+from nemo_spin.generation.choose import make_engine
+from nemo_spin.generation.rules import Rules
 from nemo_spin.megatron import steps
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.steps import Batching
@@ -36,16 +38,16 @@ class MegatronPolicy(Policy):
         gpt: GPTModel,
         tokenizer: TextTokenizer,
         cfg: SpinConfig,
-        engine: Engine,
+        rules: Rules,
         train_batching: Batching,
         score_batching: Batching,
         max_new_tokens: int,
     ) -> None:
-        """engine: generates with the weights that `gpt` has then. train_batching, score_batching: how sequences become
-        tensors in training and validation, and where log-probabilities of rollouts are computed. max_new_tokens: of a
-        generated response.
+        """rules: of generation; each iteration has its own temperature. train_batching, score_batching: how sequences
+        become tensors in training and validation, and where log-probabilities of rollouts are computed. max_new_tokens:
+        of a generated response.
         """
-        self.gpt, self._tokenizer, self._cfg, self._engine = gpt, tokenizer, cfg, engine
+        self.gpt, self._tokenizer, self._cfg, self._rules = gpt, tokenizer, cfg, rules
         self._train_batching, self._score_batching = train_batching, score_batching
         self._max_new_tokens = max_new_tokens
         self.optimizer = Optimizer(gpt, cfg.optim, cfg.loop.gradient_clip_val)
@@ -60,10 +62,14 @@ class MegatronPolicy(Policy):
         return {
             "precision": self._cfg.precision,
             "max_new_tokens": self._max_new_tokens,
-            **self._engine.settings,
-            # A run that has ended stands at the start of an iteration that it does not have.
-            "temperature": self._cfg.spin.temperature[min(iteration, len(self._cfg.spin.temperature) - 1)],
+            **self._rules_of(iteration).settings,
         }
+
+    def _rules_of(self, iteration: int) -> Rules:
+        """The rules at the iteration's temperature."""
+        # A run that has ended stands at the start of an iteration that it does not have.
+        temperature = self._cfg.spin.temperature[min(iteration, len(self._cfg.spin.temperature) - 1)]
+        return replace(self._rules, sampling=replace(self._rules.sampling, temperature=temperature))
 
     def roll_out(
         self,
@@ -72,11 +78,14 @@ class MegatronPolicy(Policy):
         progress: Callable[[str, int], None] | None = None,
         **hooks: Any,
     ) -> list[Rollout] | None:
-        self._engine.temperature = self._cfg.spin.temperature[iteration]
+        spin = self._cfg.spin
+        engine = make_engine(
+            spin.generation_engine, self.gpt, self._rules_of(iteration), spin.rollout_batch_size, spin.kv_cache_gib
+        )
         with self.reference.swapped_in():
             return roll_out(
                 self.gpt,
-                self._engine,
+                engine,
                 examples,
                 iteration,
                 self._max_new_tokens,
@@ -95,7 +104,7 @@ class MegatronPolicy(Policy):
             return score(self.gpt, examples, answers, self._score_batching, progress)
 
     def given_answer(self, ids: Sequence[int]) -> Answer:
-        return Answer(array("i", ids), "stop" if ids[-1] in self._engine.stop_ids else "length")
+        return Answer(array("i", ids), "stop" if ids[-1] in self._rules.stop_ids else "length")
 
     def refresh_reference(self) -> str:
         self.reference.refresh()

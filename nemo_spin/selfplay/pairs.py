@@ -71,4 +71,35 @@ def group_of_example(example: Example) -> ResponseGroup:
 
 def group_of_pair(pair: Pair) -> ResponseGroup:
     """The prompt with its chosen response, then the rejected one."""
-    return ResponseGroup(pair.example.prompt_ids, (pair.example.response_ids, pair.rejected_ids))
+    return PairGroup((pair,)).sequences
+
+
+@dataclass(frozen=True, slots=True)
+class PairGroup:
+    """Pairs of one example, the longest first: prompt and chosen response go through the model once for all of them.
+
+    A `megatron.micro_batches.Group`, whose items are the pairs.
+    """
+
+    pairs: tuple[Pair, ...]
+
+    @property
+    def sequences(self) -> ResponseGroup:
+        """The prompt with the chosen response, then the rejected ones."""
+        example = self.pairs[0].example
+        return ResponseGroup(example.prompt_ids, (example.response_ids, *(pair.rejected_ids for pair in self.pairs)))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, items: slice) -> PairGroup:
+        return PairGroup(self.pairs[items])
+
+
+def groups_of_pairs(pairs: Sequence[Pair]) -> list[PairGroup]:
+    """Pairs by example, in the order in which the longest pair of each example comes in `pairs`."""
+    numbers: dict[Example, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        numbers.setdefault(pair.example, []).append(number)
+    longest_first = [sorted(own, key=lambda number: -len(pairs[number].rejected_ids)) for own in numbers.values()]
+    return [PairGroup(tuple(pairs[number] for number in own)) for own in sorted(longest_first)]

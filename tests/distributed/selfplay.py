@@ -11,6 +11,7 @@ from toy import fill_deterministically, sharded_tensors, toy_architecture
 from nemo_spin.config import LossConfig, OptimConfig, RecomputeConfig, SamplingParams, SchedConfig
 from nemo_spin.data.example import Example
 from nemo_spin.generation.engine import Generator
+from nemo_spin.generation.rules import Rules
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
@@ -75,9 +76,10 @@ class SelfPlay:
         sampling = SamplingParams(
             use_greedy=False, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, end_strings=()
         )
-        self.generator = Generator(
-            self.gpt, arch.vocab_size, arch.max_sequence_length, sampling, 1, frozenset({STOP}), 11, 4, 0
+        rules = Rules(
+            sampling, arch.vocab_size, arch.max_sequence_length, seed=11, min_length=1, stop_ids=frozenset({STOP})
         )
+        self.generator = Generator(self.gpt, rules, slots=4)
 
     def roll_out(self, data: list[Example], iteration: int) -> list[Rollout]:
         with self.reference.swapped_in():

@@ -18,6 +18,7 @@ from nemo_spin.errors import DataError, UserError
 from nemo_spin.generation.cache import round_up
 from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import GenerationRequest, Response
+from nemo_spin.generation.rules import Rules
 from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
 
@@ -51,11 +52,18 @@ def requests_of(count: int = 10, budget: int | None = None) -> list[GenerationRe
 REQUESTS = requests_of()
 
 
-def make_generator(model: Any, architecture: Architecture, sampling: SamplingParams, **options: Any) -> Generator:
-    defaults = {"min_length": 0, "stop_ids": frozenset(), "seed": 17, "slots": 4, "pad_id": 0}
-    return Generator(
-        model, architecture.vocab_size, architecture.max_sequence_length, sampling, **{**defaults, **options}
-    )
+def make_generator(
+    model: Any,
+    architecture: Architecture,
+    sampling: SamplingParams,
+    slots: int | None = 4,
+    kv_cache_gib: float | None = None,
+    seed: int = 17,
+    **changes: Any,
+) -> Generator:
+    """changes: of the rules."""
+    rules = Rules(sampling, architecture.vocab_size, architecture.max_sequence_length, seed, **changes)
+    return Generator(model, rules, slots, kv_cache_gib)
 
 
 def generate(
@@ -153,25 +161,20 @@ def test_responses_depend_on_sample_iteration_and_seed(workers: Workers) -> None
     assert len(streams) == 9
 
 
-def at_temperatures(*temperatures: float) -> tuple[list[list[Response]], list[float]]:
-    """The responses of one generator, that is given these temperatures in turn; and what its settings say of them."""
+def at_temperatures(*temperatures: float) -> list[list[Response]]:
+    """The responses of one model at each temperature in turn; the rules of no other iteration are left over."""
     model = fill_deterministically(build_gpt(LLAMA, "32"))
-    generator = make_generator(model, LLAMA, SAMPLED)
-    responses, settings = [generator.generate(REQUESTS, 0)], [generator.settings]
-    for temperature in temperatures:
-        generator.temperature = temperature
-        responses.append(generator.generate(REQUESTS, 0))
-        settings.append(generator.settings)
-    assert all(setting == settings[0] | {"temperature": setting["temperature"]} for setting in settings)
-    return responses, [setting["temperature"] for setting in settings]
+    rules = [make_generator(model, LLAMA, SAMPLED).rules]
+    rules += [replace(rules[0], sampling=replace(SAMPLED, temperature=temperature)) for temperature in temperatures[1:]]
+    assert [one.settings for one in rules] == [rules[0].settings | {"temperature": value} for value in temperatures]
+    return [Generator(model, one, 4).generate(REQUESTS, 0) for one in rules]
 
 
-def test_the_temperature_is_that_of_the_call(workers: Workers) -> None:
+def test_the_temperature_is_that_of_the_rules(workers: Workers) -> None:
     plain, hot = (of_one_process(workers, LLAMA, replace(SAMPLED, temperature=value)) for value in (1.0, 1.7))
     assert plain != hot
-    for responses, temperatures in workers.run(at_temperatures, 1.7, 1.0, tp=2, pp=2):
+    for responses in workers.run(at_temperatures, 1.0, 1.7, 1.0, tp=2, pp=2):
         assert responses == [plain, hot, plain]
-        assert temperatures == [1.0, 1.7, 1.0]
 
 
 def first_tokens_against_softmax() -> tuple[float, int]:

@@ -16,6 +16,7 @@ from toy import fill_deterministically
 from nemo_spin.config import SamplingParams
 from nemo_spin.errors import UserError
 from nemo_spin.generation.cache_limit import GIB
+from nemo_spin.generation.rules import Rules
 from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
 from nemo_spin.generation.stages import Stage, Underway
 from nemo_spin.generation.vocabulary import VocabularyShard
@@ -182,9 +183,10 @@ def of_parts(sampling: SamplingParams, stop_ids: tuple[int, ...]) -> tuple[list[
     history = torch.randint(0, VOCABULARY, (40, 30), generator=generator).tolist()
     shard = VocabularyShard(PADDED_ROWS, VOCABULARY)
     own = slice(shard.start, shard.start + PADDED_ROWS)
+    rules = Rules(sampling, VOCABULARY, 30, seed=0, min_length=3, stop_ids=frozenset(stop_ids))
     found = []
     for part, part_of_logits in ((shard, logits[:, own]), (None, logits)):
-        sampler = Sampler(sampling, VOCABULARY, 3, stop_ids, shard=part)
+        sampler = Sampler(rules, shard=part)
         seen = SeenTokens(40, sampler.columns, start=sampler.start)
         seen.admit(0, [ids[:20] for ids in history])
         for ids in zip(*(ids[20:] for ids in history), strict=True):

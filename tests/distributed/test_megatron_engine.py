@@ -33,7 +33,7 @@ from test_generation import (  # noqa: F401  collected here too, and run with th
     test_refusals,
     test_replicas_share_the_work_and_change_nothing,
     test_should_stop_ends_a_response,
-    test_the_temperature_is_that_of_the_call,
+    test_the_temperature_is_that_of_the_rules,
     test_training_goes_on_as_if_nothing_had_been_generated,
 )
 from toy import fill_deterministically

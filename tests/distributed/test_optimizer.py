@@ -107,7 +107,7 @@ def a_step_after(steps_before: int, fresh: bool, precision: str) -> list:
     with torch.no_grad():
         for parameter, value in zip(play.gpt.parameters(), initial, strict=True):
             parameter.copy_(value)
-    play.optimizer.reload_weights()
+    play.optimizer._optimizer.reload_model_params()  # in bf16, the fp32 copies
     play.optimizer.start(LR, 100, fresh=fresh)
     play.step(pairs)
     return play.shards()

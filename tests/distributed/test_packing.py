@@ -46,7 +46,7 @@ def packed_beside_separate(**options: Any) -> dict[str, Any]:
     found = []
     for batching in (replace(play.batching, packed=False, micro_batch_size=1), replace(play.batching, packed=True)):
         micro_batches = step._micro_batches(pairs, batching)
-        metrics = steps.backward(play.optimizer, micro_batches, spin_objective(BETA, PAPER, 1 / 5), batching.vocab_size)
+        metrics = steps.backward(play.optimizer, micro_batches, spin_objective(BETA, PAPER), batching.vocab_size, 5)
         gradients = {name: p.main_grad.clone() for name, p in play.gpt.named_parameters()}
         logps = steps.group_logps(play.gpt, [group_of_pair(pair) for pair in pairs], batching)
         found.append((metrics, gradients, torch.cat([one for both in logps for one in both])))

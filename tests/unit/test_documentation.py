@@ -16,7 +16,9 @@ from nemo_spin.cli.main import COMMANDS, _parser
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 # Directories of checkpoints and of runs.
-FILES_OF_OTHERS = frozenset("weights/ context/ rollouts/ checkpoints/ model_weights/ shards/ held_out/ tokenizer/".split())
+FILES_OF_OTHERS = frozenset(
+    "weights/ context/ rollouts/ checkpoints/ model_weights/ shards/ held_out/ tokenizer/".split()
+)
 VARIABLES = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
 
 

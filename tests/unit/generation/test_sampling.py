@@ -12,6 +12,7 @@ from transformers.generation import logits_process as theirs
 from nemo_spin.config import SamplingParams
 from nemo_spin.generation import sampling as ours
 from nemo_spin.generation.noise import sample_key
+from nemo_spin.generation.rules import Rules
 from nemo_spin.generation.sampling import NO_TOKEN, Sampler, SeenTokens
 
 VOCAB = 97
@@ -85,12 +86,16 @@ def transformers_scores(logits: Tensor, history: Tensor, generated: int, setting
     return theirs.TopPLogitsWarper(settings.top_p)(history, scores)
 
 
+def sampler_of(settings: SamplingParams, vocab: int = VOCAB, **changes: Any) -> Sampler:
+    return Sampler(Rules(settings, vocab, max_sequence_length=60, seed=0, **changes))
+
+
 @pytest.mark.parametrize("generated", [4, 5])
 def test_greedy_takes_penalties_but_no_filters(generated: int) -> None:
     settings = params(use_greedy=True, repetition_penalty=1.5, temperature=0.5, top_k=1)
     logits, history = random_logits(200), histories(200)
     logits[:, STOP[0]] += 8
-    sampler = Sampler(settings, VOCAB, min_length=5, stop_ids=STOP)
+    sampler = sampler_of(settings, min_length=5, stop_ids=frozenset(STOP))
     lengths, sample_keys = torch.full((200,), generated), torch.zeros(200, dtype=torch.int64)
     expected = transformers_scores(logits, history, generated, settings).argmax(dim=-1)
     found = sampler(logits, sample_keys, lengths, seen_in(history))
@@ -124,7 +129,7 @@ def test_draws_follow_the_softmax_of_transformers_scores(settings: SamplingParam
     logits, history = random_logits(1) / 2, histories(1)
     filtered = settings if settings.top_k else params(temperature=settings.temperature, top_k=VOCAB)
     scores = transformers_scores(logits, history, 2, filtered)
-    sampler = Sampler(settings, VOCAB + 3, min_length=5, stop_ids=STOP)
+    sampler = sampler_of(settings, VOCAB + 3, min_length=5, stop_ids=frozenset(STOP))
     # Three real rows that nothing can choose, and padding behind them that would always win.
     wide = torch.cat([logits, torch.full((1, 3), -torch.inf), torch.full((1, 5), 1e4)], dim=-1).repeat(draws, 1)
     sample_keys = torch.tensor([sample_key(1, 0, index) for index in range(draws)])
@@ -135,20 +140,9 @@ def test_draws_follow_the_softmax_of_transformers_scores(settings: SamplingParam
     assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5
 
 
-@pytest.mark.parametrize(("before", "now"), [(1.0, 0.6), (0.6, 1.0), (0.7, 1.8)])
-def test_a_temperature_may_be_set_later(before: float, now: float) -> None:
-    settings = params(temperature=before, top_k=20, top_p=0.9)
-    sampler, expected = (Sampler(s, VOCAB, 0, ()) for s in (settings, params(temperature=now, top_k=20, top_p=0.9)))
-    sampler.temperature = now
-    sample_keys, lengths = torch.arange(200), torch.zeros(200, dtype=torch.int64)
-    found = sampler(random_logits(200), sample_keys, lengths)
-    assert torch.equal(found, expected(random_logits(200), sample_keys, lengths))
-    assert not torch.equal(found, Sampler(settings, VOCAB, 0, ())(random_logits(200), sample_keys, lengths))
-
-
 def test_bfloat16_logits_are_sampled_in_float32() -> None:
     logits = random_logits(50).to(torch.bfloat16)
-    sampler = Sampler(params(temperature=0.7), VOCAB, 0, ())
+    sampler = sampler_of(params(temperature=0.7))
     sample_keys, lengths = torch.arange(50), torch.zeros(50, dtype=torch.int64)
     assert torch.equal(sampler(logits, sample_keys, lengths), sampler(logits.float(), sample_keys, lengths))
 
@@ -157,7 +151,7 @@ def test_bfloat16_logits_are_sampled_in_float32() -> None:
 def test_rows_without_a_valid_token_are_marked(greedy: bool) -> None:
     logits = random_logits(4)
     logits[1, 5], logits[2] = torch.nan, -torch.inf
-    sampler = Sampler(params(use_greedy=greedy), VOCAB, 0, ())
+    sampler = sampler_of(params(use_greedy=greedy))
     found = sampler(logits, torch.arange(4), torch.zeros(4, dtype=torch.int64))
     assert (found == NO_TOKEN).tolist() == [False, True, True, False]
 

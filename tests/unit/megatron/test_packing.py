@@ -39,6 +39,16 @@ def test_both_layouts_ask_for_the_same_tokens_after_the_same_ones() -> None:
     assert packed(GROUPS, 0, 4, share_prompts=False).lengths == (5, 3, 3, 5)
 
 
+def test_padding_is_no_target_and_a_stop_token_is_one_even_if_it_has_the_same_id() -> None:
+    stop = 9
+    groups = [ResponseGroup((1, 2, 3), ((5, stop),)), ResponseGroup((4,), ((6, 7, 8, stop),))]
+    batch = padded(groups, pad_id=stop, multiple_of=4)
+    assert batch.tokens.tolist() == [[1, 2, 3, 5, 9, 9, 9, 9], [4, 6, 7, 8, 9, 9, 9, 9]]
+    for layout in (batch, packed(groups, pad_id=stop, multiple_of=4)):
+        assert layout.targets.ids.tolist() == [5, stop, 6, 7, 8, stop]
+        assert layout.tokens.T.flatten()[layout.targets.predictors].tolist() == [3, 5, 4, 6, 7, 8]
+
+
 def test_what_is_gathered_twice_gets_both_gradients() -> None:
     batch = packed(GROUPS, 0)
     for index, shares in ((batch.rows.index, batch.rows.shares), (batch.targets.predictors, batch.targets.shares)):

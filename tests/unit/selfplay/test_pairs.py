@@ -1,4 +1,4 @@
-"""Collation: the response mask covers the stop token, and neither prompt nor padding. Which responses make pairs."""
+"""Which responses make pairs, and pairs of one example together."""
 
 from __future__ import annotations
 
@@ -6,25 +6,39 @@ import math
 
 import pytest
 
-from nemo_spin.megatron.sequences import collate
+from nemo_spin.data.example import Example
+from nemo_spin.megatron.sequences import ResponseGroup
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.pairs import Selection
+from nemo_spin.selfplay.pairs import Pair, PairGroup, Selection, groups_of_pairs
+from nemo_spin.selfplay.step import pair_rows
 
 
-def test_mask_is_aligned_with_tokens_and_covers_the_stop_token() -> None:
-    stop, pad = 9, 0
-    batch = collate([(1, 2, 3), (4,)], [(5, stop), (6, 7, 8, stop)], pad, multiple_of=4)
-    assert batch.tokens.tolist() == [[1, 2, 3, 5, 9, 0, 0, 0], [4, 6, 7, 8, 9, 0, 0, 0]]
-    assert batch.response_mask.int().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0, 0]]
-    assert batch.prompt_lengths.tolist() == [3, 1]
-    assert batch.sequence_lengths.tolist() == [5, 5]
+def pair(index: int, chosen: int, rejected: int) -> Pair:
+    return Pair(Example(index, (1, 2), (3,) * chosen), (4,) * rejected, "stop", -1.0, -2.0)
 
 
-def test_a_pad_id_that_is_the_stop_token_does_not_hide_it() -> None:
-    stop = 9
-    batch = collate([(1,), (1,)], [(stop,), (2, 3, stop)], pad_id=stop)
-    assert batch.tokens[0].tolist() == [1, 9, 9, 9]
-    assert batch.response_mask[0].int().tolist() == [0, 1, 0, 0]
+def test_pairs_of_an_example_share_prompt_and_chosen_response() -> None:
+    pairs = [pair(0, 1, 1), pair(1, 1, 2), pair(0, 1, 3), pair(0, 1, 1), pair(1, 1, 2)]
+    # Example 1 comes first, because the longest pair of example 0 comes after it.
+    second, first = groups_of_pairs(pairs)
+    assert [id(own) for own in first.pairs] == [id(pairs[i]) for i in (2, 0, 3)]
+    assert [id(own) for own in second.pairs] == [id(pairs[i]) for i in (1, 4)]
+    assert first.sequences == ResponseGroup((1, 2), ((3,), (4, 4, 4), (4,), (4,)))
+    assert (len(first), first[1:].pairs) == (3, first.pairs[1:])
+
+
+def test_pairs_whose_chosen_responses_differ_are_apart() -> None:
+    pairs = [pair(0, 1, 1), pair(0, 2, 1)]
+    assert [group.pairs for group in groups_of_pairs(pairs)] == [(one,) for one in pairs]
+
+
+def test_each_pair_finds_its_chosen_response_and_its_figures() -> None:
+    groups = [PairGroup((pair(0, 3, 5), pair(0, 3, 4))), PairGroup((pair(1, 2, 1),))]
+    rows = pair_rows(groups)
+    assert rows.chosen.tolist() == [0, 1, 0]
+    assert rows.tokens.tolist() == [[3, 5], [2, 1], [3, 4]]
+    assert rows.reference.tolist() == [[-1, -2]] * 3
+    assert [(here.tolist(), source.tolist()) for here, source in rows.shares] == [([0, 1], [0, 1]), ([2], [0])]
 
 
 def test_progress_survives_its_state_dict() -> None:
