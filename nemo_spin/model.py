@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from nemo_spin.data.example import Example
 from nemo_spin.errors import UserError
 from nemo_spin.generation.choose import make_engine
 from nemo_spin.generation.end_strings import ends_with_any
-from nemo_spin.generation.interface import Engine
+from nemo_spin.generation.interface import Engine, Response
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.architecture import Architecture, check_layout
 from nemo_spin.megatron.gpt import build_gpt
@@ -44,7 +44,7 @@ from nemo_spin.model_io.weights import load_weights
 from nemo_spin.selfplay.non_finite import Diagnosis, diagnose
 from nemo_spin.selfplay.pairs import Pair, group_of_example, trainable
 from nemo_spin.selfplay.reference import Reference
-from nemo_spin.selfplay.rollouts.roll_out import Answer, Rollout, roll_out, score
+from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest, RolloutResult, roll_out
 from nemo_spin.selfplay.step import spin_metrics_of, spin_step
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
@@ -232,45 +232,15 @@ class MegatronGPTSPINModel(ModelPT):
             "temperature": self._temperature[min(iteration, len(self._temperature) - 1)],
         }
 
-    def roll_out(
-        self,
-        examples: Sequence[Example],
-        iteration: int,
-        progress: Callable[[str, int], None] | None = None,
-        **hooks: Any,
-    ) -> list[Rollout] | None:
-        """The reference's responses to these prompts, at the iteration's temperature, and its log-probabilities of them
-        and of the human ones.
-
-        hooks: `answered`, `finished`, `interrupted` and `num_generations` of `rollouts.roll_out`; None if it was
-        interrupted.
-        """
-        self._generator.temperature = self._temperature[iteration]
+    def roll_out(self, request: RolloutRequest) -> RolloutResult:
+        """Generate responses with the reference, at the iteration's temperature, and score them; see `roll_out`."""
+        self._generator.temperature = self._temperature[request.iteration]
         with self.reference.swapped_in():
-            return roll_out(
-                self.gpt,
-                self._generator,
-                examples,
-                iteration,
-                self._max_new_tokens,
-                self._score_batching,
-                progress,
-                **hooks,
-            )
+            return roll_out(self.gpt, self._generator, request, self._max_new_tokens, self._score_batching)
 
-    def score_given(
-        self,
-        examples: Sequence[Example],
-        answers: Sequence[Sequence[Answer]],
-        progress: Callable[[str, int], None] | None = None,
-    ) -> list[Rollout]:
-        """Rollouts of responses that are there already, scored by the reference; see `rollouts.score`."""
-        with self.reference.swapped_in():
-            return score(self.gpt, examples, answers, self._score_batching, progress)
-
-    def given_answer(self, ids: Sequence[int]) -> Answer:
-        """A response that the data bring along, in place of one that the reference made; not empty."""
-        return Answer(array("i", ids), "stop" if ids[-1] in self._generator.stop_ids else "length")
+    def given_response(self, index: int, ids: Sequence[int]) -> Response:
+        """A response that the data contain, in place of one that the reference generates. ids: at least one."""
+        return Response(index, array("i", ids), "stop" if ids[-1] in self._generator.stop_ids else "length")
 
     def refresh_reference(self) -> str:
         """The policy becomes the reference. Returns a name of its weights; see `Reference.name`."""

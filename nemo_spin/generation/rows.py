@@ -3,6 +3,7 @@ may become, and what ends them."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,7 @@ def distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
 def response_of(request: GenerationRequest, row: Row) -> Response:
     """Of a row that is finished."""
     assert row.finish_reason is not None
-    return Response(request.index, tuple(row.ids), row.finish_reason, request.sample)
+    return Response(request.index, array("i", row.ids), row.finish_reason, request.sample)
 
 
 def finished_responses(requests: Sequence[GenerationRequest], rows: Sequence[Row]) -> list[Response]:

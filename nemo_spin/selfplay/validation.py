@@ -75,10 +75,10 @@ class Validation:
 
     def _spin_metrics(self, iteration: int) -> dict[str, float]:
         indices = self.held_out.indices
-        if not indices or self.rollouts.missing(indices):
+        if not indices or self.rollouts.store.missing(indices):
             return {}
         beta = self.cfg.spin.ref_policy_kl_penalty[iteration]
-        pairs = [self.rollouts.pair(index) for index in indices]
+        pairs = [self.rollouts.store.pair(index) for index in indices]
         totals: dict[str, float] = {}
         for indices in self._batches(len(pairs)):
             for name, value in self.model.spin_validation_step([pairs[i] for i in indices.tolist()], beta).items():

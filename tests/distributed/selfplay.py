@@ -15,9 +15,9 @@ from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.selfplay.losses import PAPER
-from nemo_spin.selfplay.pairs import Pair
+from nemo_spin.selfplay.pairs import Pair, Rollout
 from nemo_spin.selfplay.reference import Reference
-from nemo_spin.selfplay.rollouts.roll_out import Rollout, roll_out
+from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest, roll_out
 from nemo_spin.selfplay.step import spin_step
 
 STOP = 7
@@ -81,7 +81,7 @@ class SelfPlay:
 
     def roll_out(self, data: list[Example], iteration: int) -> list[Rollout]:
         with self.reference.swapped_in():
-            return roll_out(self.gpt, self.generator, data, iteration, 12, self.batching)
+            return roll_out(self.gpt, self.generator, RolloutRequest(data, iteration), 12, self.batching).rollouts
 
     def step(self, pairs: list[Pair]) -> dict[str, float]:
         metrics = spin_step(self.optimizer, pairs, BETA, self.batching, self.loss)
@@ -95,7 +95,7 @@ class SelfPlay:
             rollouts = self.roll_out(data, iteration)
             pairs = as_pairs(data, rollouts)
             for _ in range(steps_each):
-                yield self.step(pairs) | {"rollouts": [tuple(rollout.rejected_ids) for rollout in rollouts]}
+                yield self.step(pairs) | {"rollouts": [tuple(rollout.response.ids) for rollout in rollouts]}
             self.reference.refresh()
 
     def shards(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
@@ -110,10 +110,7 @@ class SelfPlay:
 
 
 def as_pairs(data: list[Example], rollouts: list[Rollout]) -> list[Pair]:
-    return [
-        Pair(e, tuple(r.rejected_ids), r.finish_reason, r.ref_chosen_logps, r.ref_rejected_logps)
-        for e, r in zip(data, rollouts, strict=True)
-    ]
+    return [Pair.of(example, rollout) for example, rollout in zip(data, rollouts, strict=True)]
 
 
 def whole_weights(by_rank: list[list]) -> dict[str, torch.Tensor]:

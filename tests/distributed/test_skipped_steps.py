@@ -252,11 +252,13 @@ def run_with_bad_scores(
 
     right = MegatronGPTSPINModel.roll_out
 
-    def roll_out(*args: Any, **kwargs: Any) -> list:
-        return [
-            dataclasses.replace(r, ref_chosen_logps=r.ref_chosen_logps + shift) if r.index in indices else r
-            for r in right(*args, **kwargs)
+    def roll_out(*args: Any) -> Any:
+        result = right(*args)
+        rollouts = [
+            dataclasses.replace(r, ref_chosen_logps=r.ref_chosen_logps + shift) if r.response.index in indices else r
+            for r in result.rollouts
         ]
+        return dataclasses.replace(result, rollouts=rollouts)
 
     MegatronGPTSPINModel.roll_out = roll_out
     try:

@@ -236,10 +236,10 @@ def rollouts_of(selection: list[int], seed_of_data: int = 3) -> list:
 
 
 def test_a_rollout_depends_on_its_sample_only(workers: Any) -> None:
-    everything = {r.index: tuple(r.rejected_ids) for r in workers.run(rollouts_of, list(range(7)))[0]}
+    everything = {r.response.index: r.response.ids for r in workers.run(rollouts_of, list(range(7)))[0]}
     for selection in ([3], [6, 0, 3]):
         for rollout in workers.run(rollouts_of, selection)[0]:
-            assert tuple(rollout.rejected_ids) == everything[rollout.index]
+            assert rollout.response.ids == everything[rollout.response.index]
 
 
 def gradients_of_the_parts() -> dict[str, float]:
