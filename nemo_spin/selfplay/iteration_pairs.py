@@ -12,9 +12,9 @@ and a checkpoint holds both, with the earlier responses themselves, which the ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
@@ -22,20 +22,34 @@ from nemo_spin.errors import CheckpointError
 from nemo_spin.generation.interface import Response
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.selfplay.pairs import Pair, Selection
-from nemo_spin.selfplay.replay import Mixture
+from nemo_spin.selfplay.policy import Policy
+from nemo_spin.selfplay.replay import Replay
 from nemo_spin.selfplay.rollouts.iteration import Given, IterationRollouts
 from nemo_spin.selfplay.rollouts.store import RolloutStore
 
-if TYPE_CHECKING:
-    from nemo_spin.model import MegatronGPTSPINModel
-
 
 class PairId(NamedTuple):
-    """A row of `Mixture.epoch`. age: 0 for the iteration's own generation. number: among the pairs of the example."""
+    """A row of `Replay.epoch`. age: 0 for the iteration's own generation. number: among the pairs of the example."""
 
     age: int
     index: int
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Which pairs a global batch has, and the epoch of its iteration that it belongs to."""
+
+    epoch: int
+    pairs: list[PairId]
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """A global batch with the reference's responses."""
+
+    epoch: int
+    pairs: list[Pair]
 
 
 class IterationPairs:
@@ -47,23 +61,23 @@ class IterationPairs:
     def __init__(
         self,
         cfg: SpinConfig,
-        model: MegatronGPTSPINModel,
+        policy: Policy,
         dataset: SFTDataset,
-        mixture: Mixture,
+        replay: Replay,
         directory: Path,
         reporter: Reporter,
         interrupted: Callable[[], bool] | None = None,
     ) -> None:
         """directory: gets a directory for each iteration. interrupted: see `Engine.generate`."""
-        self._cfg, self._model, self._dataset, self._mixture = cfg, model, dataset, mixture
+        self._cfg, self._policy, self._dataset, self._replay = cfg, policy, dataset, replay
         spin = cfg.spin
         selection = Selection(spin.rejected_selection, spin.loss.preference_average_log_probs)
         self.generated = IterationRollouts(
-            cfg, model, dataset, directory, reporter, interrupted, False, spin.num_generations, selection
+            cfg, policy, dataset, directory, reporter, interrupted, False, spin.num_generations, selection
         )
         # By age, from 1 on: the responses of an earlier iteration, scored by the current reference.
         self._replays = [
-            IterationRollouts(cfg, model, dataset, directory, reporter, num_generations=spin.pairs_per_example)
+            IterationRollouts(cfg, policy, dataset, directory, reporter, num_generations=spin.pairs_per_example)
             for _ in range(spin.replay_iterations)
         ]
         # iteration -> what its own reference has generated, by age
@@ -89,7 +103,7 @@ class IterationPairs:
             kept[iteration - 1] = self.generated.store
         self._earlier = {
             generation: kept[generation] if generation in kept else self._recalled(generation, checkpointed)
-            for generation in (iteration - age for age in self._mixture.ages(iteration))
+            for generation in (iteration - age for age in self._replay.ages(iteration))
         }
         self._iteration = iteration
         self.generated.resume(checkpointed.get("rollouts", ()))
@@ -106,7 +120,7 @@ class IterationPairs:
     def _given_by_data(self) -> Given | None:
         if not self._cfg.spin.first_rollouts_from_data:
             return None
-        return Given("given", lambda index: [self._model.given_response(index, self._dataset.given_rejected(index))])
+        return Given("given", lambda index: [self._policy.given_response(index, self._dataset.given_rejected(index))])
 
     def _recalled(self, generation: int, checkpointed: Mapping[str, Sequence[Path]]) -> RolloutStore:
         """What an earlier iteration's reference has generated, from the checkpoint."""
@@ -117,7 +131,7 @@ class IterationPairs:
                 "same model.data.train_ds.file_path, or with model.spin.replay_iterations=0."
             )
         store = self.generated.recall(generation, checkpointed.get(_earlier_kind(generation), ()))
-        wanted = [self._mixture.examples(generation, e) for e in range(self._mixture.max_epochs[generation])]
+        wanted = [self._replay.examples(generation, e) for e in range(self._replay.max_epochs[generation])]
         if missing := store.missing({index for indices in wanted for index in indices.tolist()}):
             raise CheckpointError(
                 f"The checkpoint lacks {len(missing)} responses of iteration {generation}, which "

@@ -148,12 +148,13 @@ def roll_out_at(path: str, temperatures: Any) -> tuple[list[float], list[list[tu
         OmegaConf.update(base, key, value)
     model = MegatronGPTSPINModel.restore_from(path, override_config_path=base.model)
     cfg = parse_config(OmegaConf.to_container(base, resolve=True))
-    model.prepare_training(cfg, context_length=64, stop_ids=frozenset())
+    policy = model.policy(cfg, context_length=64, stop_ids=frozenset())
     # Before anything is generated, as a run asks; and in any order.
-    settings = [model.rollout_settings(iteration)["temperature"] for iteration in (0, 1)]
+    settings = [policy.rollout_settings(iteration)["temperature"] for iteration in (0, 1)]
     data = examples(vocab_size=28)
-    responses = {i: [tuple(r.response.ids) for r in model.roll_out(RolloutRequest(data, i)).rollouts] for i in (1, 0)}
-    assert [model.rollout_settings(iteration)["temperature"] for iteration in (0, 1)] == settings
+    rollouts = {i: policy.roll_out(RolloutRequest(data, i)).rollouts for i in (1, 0)}
+    responses = {i: [tuple(rollout.response.ids) for rollout in rollouts[i]] for i in (1, 0)}
+    assert [policy.rollout_settings(iteration)["temperature"] for iteration in (0, 1)] == settings
     return settings, [responses[0], responses[1]]
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.example import Example
@@ -22,12 +22,10 @@ from nemo_spin.reporting.console import Reporter
 from nemo_spin.runtime.collectives import of_first
 from nemo_spin.runtime.kill_points import reached
 from nemo_spin.selfplay.pairs import Rollout, Selection
+from nemo_spin.selfplay.policy import Policy
 from nemo_spin.selfplay.rollouts.part import Origin, origin_of
 from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest
 from nemo_spin.selfplay.rollouts.store import Dataset, RolloutStore
-
-if TYPE_CHECKING:
-    from nemo_spin.model import MegatronGPTSPINModel
 
 # Prompts of a chunk for each sequence that is decoded at a time: many, because slots run empty at the end of a chunk.
 _CHUNK = 64
@@ -60,7 +58,7 @@ class IterationRollouts:
     def __init__(
         self,
         cfg: SpinConfig,
-        model: MegatronGPTSPINModel,
+        policy: Policy,
         dataset: Dataset,
         directory: Path,
         reporter: Reporter,
@@ -74,7 +72,7 @@ class IterationRollouts:
         held_out: the data are those for validation, which may change when a run is resumed. num_generations,
         selection: see `RolloutStore`.
         """
-        self._model, self._dataset, self._directory, self._reporter = model, dataset, directory, reporter
+        self._policy, self._dataset, self._directory, self._reporter = policy, dataset, directory, reporter
         self._interrupted, self._held_out = interrupted, held_out
         self._num_generations, self._selection = num_generations, selection
         slots = (cfg.spin.rollout_batch_size or MOST_SLOTS) * cfg.parallel.data_parallel_size
@@ -95,7 +93,7 @@ class IterationRollouts:
         if self._iteration is not None and self.store.unwritten is not None:
             self.store.write()
         self._iteration, self._given = iteration, given
-        settings = self._model.rollout_settings(iteration) | {
+        settings = self._policy.rollout_settings(iteration) | {
             "iteration": iteration,
             "data": self._dataset.digest,
             "source": "generated" if given is None else given.source + given.origin,
@@ -124,7 +122,7 @@ class IterationRollouts:
             directory,
             origin,
             self._dataset,
-            self._model.tokenizer.decode,
+            self._policy.decode,
             self._num_generations,
             self._selection,
             self._reporter.say,
@@ -168,7 +166,7 @@ class IterationRollouts:
         known = self._known(examples)
         progress("generating", len(known))
         with self.store.journal() as journal:
-            result = self._model.roll_out(
+            result = self._policy.roll_out(
                 RolloutRequest(
                     examples,
                     self._iteration,
