@@ -17,7 +17,7 @@ from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.selfplay.losses import PAPER
 from nemo_spin.selfplay.pairs import Pair, Rollout
 from nemo_spin.selfplay.reference import Reference
-from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest, roll_out
+from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest, RolloutResult, roll_out
 from nemo_spin.selfplay.step import spin_step
 
 STOP = 7
@@ -80,8 +80,11 @@ class SelfPlay:
         )
 
     def roll_out(self, data: list[Example], iteration: int) -> list[Rollout]:
+        return self.respond(RolloutRequest(data, iteration)).rollouts
+
+    def respond(self, request: RolloutRequest) -> RolloutResult:
         with self.reference.swapped_in():
-            return roll_out(self.gpt, self.generator, RolloutRequest(data, iteration), 12, self.batching).rollouts
+            return roll_out(self.gpt, self.generator, request, 12, self.batching)
 
     def step(self, pairs: list[Pair]) -> dict[str, float]:
         metrics = spin_step(self.optimizer, pairs, BETA, self.batching, self.loss)

@@ -38,7 +38,7 @@ class Journal:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115
                 self._write(asdict(self._origin))
-            self._write(_line(response))
+            self._write(asdict(response) | {"ids": response.ids.tolist()})
         except OSError as error:
             self.error = error
             self.close()
@@ -75,15 +75,6 @@ def read_journal(path: Path, origin: Origin) -> dict[Key, Response]:
         return {response.key: response for response in map(_response, lines)}
     except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise UnreadableError from error
-
-
-def _line(response: Response) -> dict[str, Any]:
-    return {
-        "index": response.index,
-        "ids": response.ids.tolist(),
-        "finish_reason": response.finish_reason,
-        "sample": response.sample,
-    }
 
 
 def _response(line: dict[str, Any]) -> Response:
