@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from array import array
 from statistics import median
 
 import torch
@@ -34,7 +35,7 @@ def requests_of(count: int, pattern: tuple[int, ...]) -> list[GenerationRequest]
     return [GenerationRequest(i, ids, pattern[i % len(pattern)]) for i, ids in enumerate(prompts)]
 
 
-def seconds(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float, list[tuple[int, ...]]]:
+def seconds(engine: Engine, requests: list[GenerationRequest]) -> tuple[float, float, list[array[int]]]:
     """On the clock and of the processor, and the tokens."""
     clock, processor = time.perf_counter(), time.process_time()
     responses = engine.generate(requests, iteration=0)

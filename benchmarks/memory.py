@@ -66,7 +66,7 @@ def measure(step: str, threads: int) -> dict[str, int]:
     from nemo_spin.megatron import setup, steps
     from nemo_spin.selfplay.pairs import group_of_example
     from nemo_spin.selfplay.reference import Reference
-    from nemo_spin.selfplay.rollouts.roll_out import roll_out
+    from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest, roll_out
     from nemo_spin.selfplay.step import spin_step
 
     torch.set_num_threads(threads)
@@ -85,7 +85,8 @@ def measure(step: str, threads: int) -> dict[str, int]:
         generator = workload.generator(gpt, slots=workload.SEQUENCES)
         with reference.swapped_in():
             scoring = workload.batching(workload.SEQUENCES)
-            rollouts = roll_out(gpt, generator, data, 0, workload.RESPONSE_TOKENS, scoring)
+            request = RolloutRequest(data, iteration=0)
+            rollouts = roll_out(gpt, generator, request, workload.RESPONSE_TOKENS, scoring).rollouts
         figures["rollouts_rss"] = resident("VmHWM") - before
         pairs = workload.as_pairs(data, rollouts)[:pairs_per_step]
 

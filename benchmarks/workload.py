@@ -17,8 +17,7 @@ from nemo_spin.megatron.architecture import Architecture
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.steps import Batching
-from nemo_spin.selfplay.pairs import Pair
-from nemo_spin.selfplay.rollouts.roll_out import Rollout
+from nemo_spin.selfplay.pairs import Pair, Rollout
 
 VOCAB_SIZE = 4096
 SHAPE = Shape(layers=8, hidden=256, heads=8, groups=4, head_dim=32, ffn=704, vocab=VOCAB_SIZE)
@@ -127,10 +126,7 @@ def examples(count: int) -> list[Example]:
 
 
 def as_pairs(data: list[Example], rollouts: list[Rollout]) -> list[Pair]:
-    return [
-        Pair(example, tuple(r.rejected_ids), r.finish_reason, r.ref_chosen_logps, r.ref_rejected_logps)
-        for example, r in zip(data, rollouts, strict=True)
-    ]
+    return [Pair.of(example, rollout) for example, rollout in zip(data, rollouts, strict=True)]
 
 
 def as_sft(pairs: list[Pair]) -> list[Example]:

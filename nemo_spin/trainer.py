@@ -103,7 +103,11 @@ class SPINTrainer:
         steps = self.progress.step + self.schedule.left_in_run(self.progress)
         with self.reporter.run(self.cfg, self.progress, steps), self.checkpoints.writing():
             self._begin_rollouts()
-            if self.progress.step == 0 and not len(self.pairs) and not len(self.validation.rollouts):
+            if (
+                self.progress.step == 0
+                and self.pairs.generated.store.is_empty
+                and self.validation.rollouts.store.is_empty
+            ):
                 self.reporter.iteration(self.progress, "SFT model", self.validate())
             while self.schedule.left_in_run(self.progress) > 0 and not self.stopping.asked:
                 if self.run_iteration() is After.EQUILIBRIUM:
@@ -204,15 +208,16 @@ class SPINTrainer:
         """Let the reference make what these pairs lack; stops, and saves, when it is asked to."""
         if self.pairs.is_made(pairs):
             return
-        tokens_before = self.pairs.num_tokens
+        store = self.pairs.generated.store
+        tokens_before = store.figures.num_tokens
         with self.stopwatch.measure("rollout"):
             self.pairs.make(pairs, self.stopping.ask)
         seconds = self.stopwatch.last["rollout"]
-        speed = (self.pairs.num_tokens - tokens_before) / seconds
+        speed = (store.figures.num_tokens - tokens_before) / seconds
         timing = {"time/rollout": seconds, "throughput/rollout_tokens_per_second": speed}
         self.reporter.log("rollout", self.progress, self.pairs.summary() | timing)
         self.guards.after_rollouts(self.pairs.summary(), self.progress)
-        self.reporter.samples(self.pairs.samples(self.cfg.loop.log_samples), self.progress)
+        self.reporter.samples(store.samples(self.cfg.loop.log_samples), self.progress)
         if self.stopping.asked:
             self.save({})
 
@@ -249,8 +254,8 @@ class SPINTrainer:
 
     def save(self, metrics: dict[str, float]) -> None:
         """Write a checkpoint from which the run goes on exactly as if it had not stopped; the last one is awaited."""
-        files = self.pairs.files() | {"held_out": self.validation.rollouts.files()}
-        unwritten = self.pairs.unwritten or self.validation.rollouts.unwritten
+        files = self.pairs.write() | {"held_out": self.validation.rollouts.store.write()}
+        unwritten = self.pairs.unwritten or self.validation.rollouts.store.unwritten
         settings = self._resume_settings(self.progress.iteration)
         with self.stopwatch.measure("checkpoint"):
             self.checkpoints.save(

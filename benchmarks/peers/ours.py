@@ -1,6 +1,6 @@
 """This project's side: answers the commands of compare.py in the environment that has nemo_spin.
 
-Everything goes the way that a run goes: the model of `restore_from`, its `generator`, `score_given` and `train_step`,
+Everything goes the way that a run goes: the model of `restore_from`, its `generator`, `roll_out` and `train_step`,
 and for a whole iteration the trainer, from the files on disk to the checkpoint at its end.
 """
 
@@ -33,10 +33,10 @@ from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.selfplay.megatron_policy import MegatronPolicy
-from nemo_spin.selfplay.pairs import Pair
+from nemo_spin.selfplay.pairs import Pair, Rollout
 from nemo_spin.data.example import Example
 from nemo_spin.reporting.console import Reporter
-from nemo_spin.selfplay.rollouts.roll_out import Answer as GivenAnswer
+from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest
 from nemo_spin.trainer import SPINTrainer
 
 _MODEL = Path(sys.argv[1])
@@ -94,9 +94,11 @@ def examples(texts: workloads.Texts) -> list[Example]:
     return [Example(i, tuple(prompt), tuple(chosen)) for i, (prompt, chosen) in enumerate(both)]
 
 
-def _answers(policy: MegatronPolicy, responses: Sequence[Sequence[int]]) -> list[list[GivenAnswer]]:
-    """One to each example."""
-    return [[policy.given_answer(ids)] for ids in responses]
+def _scored(policy: MegatronPolicy, given: list[Example], responses: Sequence[Sequence[int]]) -> list[Rollout]:
+    """Of one response to each example."""
+    both = zip(given, responses, strict=True)
+    known = {(example.index, 0): policy.given_response(example.index, ids) for example, ids in both}
+    return policy.roll_out(RolloutRequest(given, iteration=0, known=known)).rollouts
 
 
 class Side:
@@ -140,7 +142,7 @@ class Side:
             cfg = configuration(WORKLOADS[name], Path(data), Path(scratch))
             model = load(cfg)
             policy = model.policy(parse_config(cfg), WORKLOADS[name].context, frozenset({workloads.EOS_ID}))
-        rollouts = policy.score_given(examples(texts)[some], _answers(policy, texts.rejected[some]))
+        rollouts = _scored(policy, examples(texts)[some], texts.rejected[some])
         return {
             "chosen": [rollout.ref_chosen_logps for rollout in rollouts],
             "rejected": [rollout.ref_rejected_logps for rollout in rollouts],
@@ -157,12 +159,9 @@ class Side:
         given = examples(texts)[:count]
         start = time.perf_counter()
         policy = model.policy(parse_config(cfg), WORKLOADS[name].context, frozenset({workloads.EOS_ID}))
-        rollouts = policy.score_given(given, _answers(policy, texts.rejected[:count]))
+        rollouts = _scored(policy, given, texts.rejected[:count])
         policy.start_lr_schedule(LEARNING_RATE, len(given) // PAIRS_PER_STEP, 0, fresh=True)
-        pairs = [
-            Pair(example, tuple(rollout.rejected_ids), "stop", rollout.ref_chosen_logps, rollout.ref_rejected_logps)
-            for example, rollout in zip(given, rollouts, strict=True)
-        ]
+        pairs = [Pair.of(example, rollout) for example, rollout in zip(given, rollouts, strict=True)]
         set_up = time.perf_counter() - start
         losses = [
             policy.train_step(pairs[first : first + PAIRS_PER_STEP], BETA)["loss"]

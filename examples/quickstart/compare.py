@@ -17,6 +17,8 @@ import nemo_spin.cli.quiet  # noqa: F401
 from nemo_spin.cli.launch import guarded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nemo_spin import MegatronGPTSPINModel
     from nemo_spin.data.dataset import SFTDataset
     from nemo_spin.generation.interface import Response
@@ -90,7 +92,7 @@ class Judge:
         prompts = [example.prompt_ids for example in self.examples for _ in range(per_prompt)]
         return generator.generate([GenerationRequest(i, prompt, LONGEST) for i, prompt in enumerate(prompts)], 0)
 
-    def _logps(self, model: MegatronGPTSPINModel, responses: list[tuple[int, ...]], repeat: int) -> list[float]:
+    def _logps(self, model: MegatronGPTSPINModel, responses: list[Sequence[int]], repeat: int) -> list[float]:
         from nemo_spin.megatron.steps import response_logps
 
         prompts = [example.prompt_ids for example in self.examples for _ in range(repeat)]
@@ -98,7 +100,7 @@ class Judge:
 
     def _accuracy(self, answers: list[Response], per_prompt: int) -> float:
         right = [example.response_ids for example in self.examples for _ in range(per_prompt)]
-        return _mean([answer.ids == ids for answer, ids in zip(answers, right, strict=True)])
+        return _mean([tuple(answer.ids) == ids for answer, ids in zip(answers, right, strict=True)])
 
 
 def _mean(values: list) -> float:

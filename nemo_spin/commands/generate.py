@@ -25,11 +25,11 @@ from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.megatron.architecture import check_layout
+from nemo_spin.megatron.steps import response_logps
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.model_io.fingerprint import fingerprint
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.tokenizers import check_tokenizer_fits, restore_tokenizer
-from nemo_spin.selfplay.rollouts.roll_out import sequence_logps
 
 # A chunk is generated, then scored, then written. In its end slots run empty; all of it is lost when the process ends.
 _SLOTS_FILLED_PER_CHUNK = 8
@@ -162,7 +162,7 @@ def respond(model: MegatronGPTSPINModel, cfg: GenerateConfig, request: Request, 
             ]
             responses = generator.generate(requests, cfg.iteration, bar.update)
             prompt_ids, response_ids = [r.prompt_ids for r in requests], [r.ids for r in responses]
-            logps = sequence_logps(model.gpt, prompt_ids, response_ids, batching)
+            logps = response_logps(model.gpt, prompt_ids, response_ids, batching)
             if file is None:
                 continue
             for (prompt, sample), response, logp in zip(chunk, responses, logps, strict=True):
@@ -181,7 +181,7 @@ def respond(model: MegatronGPTSPINModel, cfg: GenerateConfig, request: Request, 
                         "response_ids": list(response.ids),
                         "text": text,
                         "finish_reason": response.finish_reason,
-                        "logp": logp,
+                        "logp": float(logp.double().sum()),
                         "num_tokens": len(response.ids),
                     }
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,17 +23,27 @@ class GenerationRequest:
     sample: int = 0
 
 
-@dataclass(frozen=True)
+Key = tuple[int, int]
+"""Identifies a response: the index of its prompt, and its number among the responses to that prompt, from 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class Response:
-    """ids: with the stop token, if one was sampled. finish_reason: "stop", or "length" where the budget cut it off.
+    """A generated response.
 
     index, sample: of its request.
+    ids: token ids as sampled, with the stop token if one was sampled; int32, 4 bytes a token. They are never changed.
+    finish_reason: "stop", or "length" when the response was truncated by its budget.
     """
 
     index: int
-    ids: tuple[int, ...]
+    ids: array[int]
     finish_reason: str
     sample: int = 0
+
+    @property
+    def key(self) -> Key:
+        return self.index, self.sample
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -89,7 +90,7 @@ def distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
 def finished_responses(requests: Sequence[GenerationRequest], rows: Iterable[Row]) -> list[Response]:
     """Those of the rows that are finished, in their order."""
     return [
-        Response(requests[row.order].index, tuple(row.ids), row.finish_reason, requests[row.order].sample)
+        Response(requests[row.order].index, array("i", row.ids), row.finish_reason, requests[row.order].sample)
         for row in rows
         if row.finish_reason is not None
     ]

@@ -64,7 +64,7 @@ class EquilibriumCheck:
         indices = self._validation.held_out.indices
         if progress.iteration_step or not indices:
             return False
-        self._measure((self._validation.rollouts.pair(index) for index in indices), progress, held_out=True)
+        self._measure((self._validation.rollouts.store.pair(index) for index in indices), progress, held_out=True)
         self.reason = reason(self.metrics, self._limits, progress.iteration) if self._is_reached() else ""
         if self.reason:
             self._reporter.say(self.reason)
@@ -74,9 +74,9 @@ class EquilibriumCheck:
         """Look at the rollouts for training, if this is an iteration's start and there are no held-out ones."""
         if progress.iteration_step or self._validation.held_out.indices:
             return
-        made = set(range(len(self._dataset))).difference(self._rollouts.missing(range(len(self._dataset))))
+        made = set(range(len(self._dataset))).difference(self._rollouts.store.missing(range(len(self._dataset))))
         first = islice(sorted(made), _MOST_PAIRS)
-        self._measure((self._rollouts.pair(index) for index in first), progress, held_out=False)
+        self._measure((self._rollouts.store.pair(index) for index in first), progress, held_out=False)
 
     def _measure(self, pairs: Iterable[Pair], progress: Progress, held_out: bool) -> None:
         def measure() -> tuple[dict[str, float], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from nemo_spin.config import SpinConfig
 from nemo_spin.data.example import Example
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.generation.choose import make_engine
+from nemo_spin.generation.interface import Response
 from nemo_spin.generation.rules import Rules
 from nemo_spin.megatron import steps
 from nemo_spin.megatron.optimizer import Optimizer
@@ -23,7 +24,7 @@ from nemo_spin.selfplay.non_finite import Diagnosis, diagnose
 from nemo_spin.selfplay.pairs import Pair, group_of_example, trainable
 from nemo_spin.selfplay.policy import Policy
 from nemo_spin.selfplay.reference import Reference
-from nemo_spin.selfplay.rollouts.roll_out import Answer, Rollout, roll_out, score
+from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest, RolloutResult, roll_out
 from nemo_spin.selfplay.step import spin_metrics_of, spin_step
 
 
@@ -71,40 +72,15 @@ class MegatronPolicy(Policy):
         temperature = self._cfg.spin.temperature[min(iteration, len(self._cfg.spin.temperature) - 1)]
         return replace(self._rules, sampling=replace(self._rules.sampling, temperature=temperature))
 
-    def roll_out(
-        self,
-        examples: Sequence[Example],
-        iteration: int,
-        progress: Callable[[str, int], None] | None = None,
-        **hooks: Any,
-    ) -> list[Rollout] | None:
+    def roll_out(self, request: RolloutRequest) -> RolloutResult:
         spin = self._cfg.spin
-        engine = make_engine(
-            spin.generation_engine, self.gpt, self._rules_of(iteration), spin.rollout_batch_size, spin.kv_cache_gib
-        )
+        rules = self._rules_of(request.iteration)
+        engine = make_engine(spin.generation_engine, self.gpt, rules, spin.rollout_batch_size, spin.kv_cache_gib)
         with self.reference.swapped_in():
-            return roll_out(
-                self.gpt,
-                engine,
-                examples,
-                iteration,
-                self._max_new_tokens,
-                self._score_batching,
-                progress,
-                **hooks,
-            )
+            return roll_out(self.gpt, engine, request, self._max_new_tokens, self._score_batching)
 
-    def score_given(
-        self,
-        examples: Sequence[Example],
-        answers: Sequence[Sequence[Answer]],
-        progress: Callable[[str, int], None] | None = None,
-    ) -> list[Rollout]:
-        with self.reference.swapped_in():
-            return score(self.gpt, examples, answers, self._score_batching, progress)
-
-    def given_answer(self, ids: Sequence[int]) -> Answer:
-        return Answer(array("i", ids), "stop" if ids[-1] in self._rules.stop_ids else "length")
+    def given_response(self, index: int, ids: Sequence[int]) -> Response:
+        return Response(index, array("i", ids), "stop" if ids[-1] in self._rules.stop_ids else "length")
 
     def refresh_reference(self) -> str:
         self.reference.refresh()

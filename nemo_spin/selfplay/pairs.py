@@ -1,4 +1,4 @@
-"""Pairs: a human response (chosen) and a generated one (rejected) to the same prompt, whose ids they share."""
+"""Rollouts and pairs: a response that the reference has generated and scored, and that response with its example."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemo_spin.data.example import Example
+from nemo_spin.generation.interface import Response
 from nemo_spin.megatron.sequences import ResponseGroup
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """An example with the reference's own response to the same prompt (rejected).
+class Rollout:
+    """A generated response (rejected), scored by the reference together with the human response (chosen).
 
-    rejected_ids: generated ids as sampled, with the stop token if one was sampled.
-    finish_reason: "stop", or "length" when the response was cut off at its length limit.
-    ref_chosen_logps, ref_rejected_logps: log-probability of each response under the reference, in nats.
+    ref_chosen_logps, ref_rejected_logps: log-probability of each whole response under the reference, in nats.
+    """
+
+    response: Response
+    ref_chosen_logps: float
+    ref_rejected_logps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An example with a rollout to its prompt: what is trained on.
+
+    rejected_ids, finish_reason: those of the `Response`. ref_chosen_logps, ref_rejected_logps: as in `Rollout`.
     """
 
     example: Example
@@ -24,6 +35,17 @@ class Pair:
     finish_reason: str
     ref_chosen_logps: float
     ref_rejected_logps: float
+
+    @classmethod
+    def of(cls, example: Example, rollout: Rollout) -> Pair:
+        response = rollout.response
+        return cls(
+            example,
+            tuple(response.ids),
+            response.finish_reason,
+            rollout.ref_chosen_logps,
+            rollout.ref_rejected_logps,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -33,35 +55,40 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which of the responses to a prompt become rejected ones.
+    """Which rollouts of an example become rejected responses.
 
     rejected: "all", or the one to which the reference gives the highest ("best") or lowest ("worst") log-probability.
-    per_token: the mean log-probability of its tokens counts, not their sum.
+    per_token: compare mean log-probabilities per token rather than sums.
     """
 
     rejected: str = "all"
     per_token: bool = False
 
-    def __call__(self, logps: Sequence[float], lengths: Sequence[int]) -> list[int]:
-        """logps: of each response under the reference, in nats. lengths: in tokens. Returns numbers of responses.
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Select from all rollouts of an example. One without a finite log-probability is selected only if all lack it.
 
-        One whose log-probability is not finite is taken only where all are so.
+        Returns: the selected rollouts, in the order given.
         """
-        samples = range(len(logps))
-        if self.rejected == "all":
-            return list(samples)
-        sign = 1.0 if self.rejected == "best" else -1.0
-        scores = [sign * logp / (length if self.per_token else 1) for logp, length in zip(logps, lengths, strict=True)]
-        return [max(samples, key=lambda i: scores[i] if math.isfinite(scores[i]) else -math.inf)]
+        return list(rollouts) if self.rejected == "all" else [max(rollouts, key=self._score)]
+
+    def _score(self, rollout: Rollout) -> float:
+        logp = rollout.ref_rejected_logps / (len(rollout.response.ids) if self.per_token else 1)
+        if not math.isfinite(logp):
+            return -math.inf
+        return logp if self.rejected == "best" else -logp
 
 
 def trainable(pairs: Sequence[Pair]) -> list[Pair]:
-    """Those whose reference log-probabilities are finite: a loss that holds one of the others is NaN.
+    """The pairs whose reference log-probabilities are finite: a loss with any other pair in it is NaN.
 
-    All of them where none is: the step is then skipped, and counted like others that are.
+    Returns all pairs if none is finite: the step is then skipped, and counted like other skipped steps.
     """
-    finite = [pair for pair in pairs if math.isfinite(pair.ref_chosen_logps) and math.isfinite(pair.ref_rejected_logps)]
-    return finite or list(pairs)
+    return [pair for pair in pairs if has_finite_logps(pair)] or list(pairs)
+
+
+def has_finite_logps(scored: Rollout | Pair) -> bool:
+    """Whether both log-probabilities under the reference are finite."""
+    return math.isfinite(scored.ref_chosen_logps) and math.isfinite(scored.ref_rejected_logps)
 
 
 def group_of_example(example: Example) -> ResponseGroup:

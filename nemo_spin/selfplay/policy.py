@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from nemo_spin.data.example import Example
+from nemo_spin.generation.interface import Response
 from nemo_spin.selfplay.non_finite import Diagnosis
 from nemo_spin.selfplay.pairs import Pair
-from nemo_spin.selfplay.rollouts.roll_out import Answer, Rollout
+from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest, RolloutResult
 
 
 class Policy(Protocol):
@@ -27,28 +28,12 @@ class Policy(Protocol):
         """What the rollouts of an iteration depend on beside weights and prompts, as JSON has it."""
         ...
 
-    def roll_out(
-        self,
-        examples: Sequence[Example],
-        iteration: int,
-        progress: Callable[[str, int], None] | None = None,
-        **hooks: Any,
-    ) -> list[Rollout] | None:
-        """The reference's responses to these prompts, at the iteration's temperature, and its log-probabilities of them
-        and of the human ones. See `rollouts.roll_out`."""
+    def roll_out(self, request: RolloutRequest) -> RolloutResult:
+        """Generate responses with the reference at the iteration's temperature, and score them; see `roll_out`."""
         ...
 
-    def score_given(
-        self,
-        examples: Sequence[Example],
-        answers: Sequence[Sequence[Answer]],
-        progress: Callable[[str, int], None] | None = None,
-    ) -> list[Rollout]:
-        """Rollouts of responses that are there already, scored by the reference. See `rollouts.score`."""
-        ...
-
-    def given_answer(self, ids: Sequence[int]) -> Answer:
-        """A response that the data bring along, in place of one that the reference made; not empty."""
+    def given_response(self, index: int, ids: Sequence[int]) -> Response:
+        """A response that the data contain, in place of one that the reference generates. ids: at least one."""
         ...
 
     def refresh_reference(self) -> str:

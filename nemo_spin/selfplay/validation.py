@@ -1,4 +1,4 @@
-"""Validation: the NLL of held-out human responses and, on request, SPIN's own figures on held-out rollouts."""
+"""Validation: the NLL of held-out human responses and, if asked for, SPIN's metrics on held-out rollouts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nemo_spin.runtime.kill_points import reached
 from nemo_spin.selfplay.policy import Policy
 from nemo_spin.selfplay.rollouts.iteration import IterationRollouts
 
-# Held-out examples draw other random numbers than those of the training data.
+# Far above the training data's indices, so that held-out examples have random numbers of their own.
 _FIRST_INDEX = 1 << 40
 
 
 class HeldOut:
-    """The first examples of the validation data, with indices of their own."""
+    """The first `count` examples of the validation data, with indices of their own."""
 
     def __init__(self, dataset: SFTDataset | None, count: int) -> None:
         self.digest = "" if dataset is None else dataset.digest
@@ -35,7 +35,7 @@ class HeldOut:
 
 
 class Validation:
-    """Measures a policy on the validation data. `rollouts` are those of the iteration under way."""
+    """Measures a policy on the validation data. rollouts: held-out ones of the current iteration."""
 
     def __init__(
         self,
@@ -52,10 +52,7 @@ class Validation:
         self.rollouts = IterationRollouts(cfg, policy, self.held_out, directory, reporter, interrupted, held_out=True)
 
     def make_rollouts(self, stop: Callable[[], bool]) -> bool:
-        """Let the reference respond to the first prompts of the data, unless it has, or was not asked to.
-
-        stop: asked after each chunk of them whether to leave the rest. Returns whether it was told to.
-        """
+        """Make the held-out rollouts that are missing. stop, and what is returned: see `IterationRollouts.make`."""
         return self.rollouts.make(self.held_out.indices, stop)
 
     def measure(self, iteration: int) -> dict[str, float]:
@@ -72,10 +69,10 @@ class Validation:
 
     def _spin_metrics(self, iteration: int) -> dict[str, float]:
         indices = self.held_out.indices
-        if not indices or self.rollouts.missing(indices):
+        if not indices or self.rollouts.store.missing(indices):
             return {}
         beta = self.cfg.spin.ref_policy_kl_penalty[iteration]
-        pairs = [self.rollouts.pair(index) for index in indices]
+        pairs = [self.rollouts.store.pair(index) for index in indices]
         totals: dict[str, float] = {}
         for indices in self._batches(len(pairs)):
             for name, value in self.policy.spin_validation_step([pairs[i] for i in indices.tolist()], beta).items():

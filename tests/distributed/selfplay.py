@@ -16,9 +16,9 @@ from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.gpt import build_gpt
 from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.selfplay.losses import PAPER
-from nemo_spin.selfplay.pairs import Pair
+from nemo_spin.selfplay.pairs import Pair, Rollout
 from nemo_spin.selfplay.reference import Reference
-from nemo_spin.selfplay.rollouts.roll_out import Rollout, roll_out
+from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest, RolloutResult, roll_out
 from nemo_spin.selfplay.step import spin_step
 
 STOP = 7
@@ -82,8 +82,11 @@ class SelfPlay:
         self.generator = Generator(self.gpt, rules, slots=4)
 
     def roll_out(self, data: list[Example], iteration: int) -> list[Rollout]:
+        return self.respond(RolloutRequest(data, iteration)).rollouts
+
+    def respond(self, request: RolloutRequest) -> RolloutResult:
         with self.reference.swapped_in():
-            return roll_out(self.gpt, self.generator, data, iteration, 12, self.batching)
+            return roll_out(self.gpt, self.generator, request, 12, self.batching)
 
     def step(self, pairs: list[Pair]) -> dict[str, float]:
         metrics = spin_step(self.optimizer, pairs, BETA, self.batching, self.loss)
@@ -97,7 +100,7 @@ class SelfPlay:
             rollouts = self.roll_out(data, iteration)
             pairs = as_pairs(data, rollouts)
             for _ in range(steps_each):
-                yield self.step(pairs) | {"rollouts": [tuple(rollout.rejected_ids) for rollout in rollouts]}
+                yield self.step(pairs) | {"rollouts": [tuple(rollout.response.ids) for rollout in rollouts]}
             self.reference.refresh()
 
     def shards(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
@@ -112,10 +115,7 @@ class SelfPlay:
 
 
 def as_pairs(data: list[Example], rollouts: list[Rollout]) -> list[Pair]:
-    return [
-        Pair(e, tuple(r.rejected_ids), r.finish_reason, r.ref_chosen_logps, r.ref_rejected_logps)
-        for e, r in zip(data, rollouts, strict=True)
-    ]
+    return [Pair.of(example, rollout) for example, rollout in zip(data, rollouts, strict=True)]
 
 
 def whole_weights(by_rank: list[list]) -> dict[str, torch.Tensor]:

@@ -157,7 +157,7 @@ def test_responses_depend_on_sample_iteration_and_seed(workers: Workers) -> None
     assert base[1] == base[3]
     next_iteration = of_one_process(workers, LLAMA, SAMPLED, same_prompt, iteration=1)
     other_seed = of_one_process(workers, LLAMA, SAMPLED, same_prompt, seed=18)
-    streams = {response.ids for responses in (base, next_iteration, other_seed) for response in responses}
+    streams = {tuple(response.ids) for responses in (base, next_iteration, other_seed) for response in responses}
     assert len(streams) == 9
 
 
@@ -367,9 +367,9 @@ def below_best(architecture: Architecture, precision: str) -> float:
     responses = make_generator(model, architecture, GREEDY).generate(REQUESTS, 0)
     worst = 0.0
     for request, response in zip(REQUESTS, responses, strict=True):
-        ids = torch.tensor([request.prompt_ids + response.ids[:-1]])
+        ids = torch.tensor([[*request.prompt_ids, *response.ids[:-1]]])
         logits = model(ids, torch.arange(ids.shape[1])[None], None)[0, len(request.prompt_ids) - 1 :].float()
-        chosen = logits.gather(1, torch.tensor(response.ids)[:, None])[:, 0]
+        chosen = logits.gather(1, torch.tensor(response.ids.tolist())[:, None])[:, 0]
         worst = max(worst, float((logits.max(dim=-1).values - chosen).max()))
     return worst
 

@@ -132,6 +132,7 @@ def test_end_strings_are_found_across_tokens(workers: Any) -> None:
 def roll_out_at(path: str, temperatures: Any) -> tuple[list[float], list[list[tuple[int, ...]]]]:
     """What the settings of both iterations say, and the responses of both."""
     from nemo_spin import MegatronGPTSPINModel
+    from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest
 
     base = OmegaConf.load(config_dir() / "gpt_spin.yaml")
     values = {
@@ -151,7 +152,8 @@ def roll_out_at(path: str, temperatures: Any) -> tuple[list[float], list[list[tu
     # Before anything is generated, as a run asks; and in any order.
     settings = [policy.rollout_settings(iteration)["temperature"] for iteration in (0, 1)]
     data = examples(vocab_size=28)
-    responses = {i: [tuple(r.rejected_ids) for r in policy.roll_out(data, i)] for i in (1, 0)}
+    rollouts = {i: policy.roll_out(RolloutRequest(data, i)).rollouts for i in (1, 0)}
+    responses = {i: [tuple(rollout.response.ids) for rollout in rollouts[i]] for i in (1, 0)}
     assert [policy.rollout_settings(iteration)["temperature"] for iteration in (0, 1)] == settings
     return settings, [responses[0], responses[1]]
 

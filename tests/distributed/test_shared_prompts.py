@@ -38,7 +38,7 @@ def expected(workers: Workers) -> list[Response]:
     (responses,) = workers.run(one_by_one, REQUESTS)
     assert [(r.index, r.sample) for r in responses] == [(q.index, q.sample) for q in REQUESTS]
     longest = max(len(r.ids) for r in responses)
-    assert len({r.ids for r in responses if len(r.ids) == longest}) >= SAMPLES
+    assert len({tuple(r.ids) for r in responses if len(r.ids) == longest}) >= SAMPLES
     return responses
 
 

@@ -168,7 +168,7 @@ def run_with_bad_steps(*args: Any, bad: tuple[int, ...], rank: int = 0, **kwargs
     def train_step(self: SPINTrainer, batch: Any) -> dict[str, float]:
         if self.progress.step + 1 not in bad:
             return right(self, batch)
-        with poisoned(self.model.gpt, rank, QKV, math.nan):
+        with poisoned(self.policy.gpt, rank, QKV, math.nan):
             return right(self, batch)
 
     SPINTrainer.train_step = train_step
@@ -252,11 +252,13 @@ def run_with_bad_scores(
 
     right = MegatronPolicy.roll_out
 
-    def roll_out(*args: Any, **kwargs: Any) -> list:
-        return [
-            dataclasses.replace(r, ref_chosen_logps=r.ref_chosen_logps + shift) if r.index in indices else r
-            for r in right(*args, **kwargs)
+    def roll_out(*args: Any) -> Any:
+        result = right(*args)
+        rollouts = [
+            dataclasses.replace(r, ref_chosen_logps=r.ref_chosen_logps + shift) if r.response.index in indices else r
+            for r in result.rollouts
         ]
+        return dataclasses.replace(result, rollouts=rollouts)
 
     MegatronPolicy.roll_out = roll_out
     try:

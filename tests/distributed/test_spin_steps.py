@@ -236,10 +236,42 @@ def rollouts_of(selection: list[int], seed_of_data: int = 3) -> list:
 
 
 def test_a_rollout_depends_on_its_sample_only(workers: Any) -> None:
-    everything = {r.index: tuple(r.rejected_ids) for r in workers.run(rollouts_of, list(range(7)))[0]}
+    everything = {r.response.index: r.response.ids for r in workers.run(rollouts_of, list(range(7)))[0]}
     for selection in ([3], [6, 0, 3]):
         for rollout in workers.run(rollouts_of, selection)[0]:
-            assert tuple(rollout.rejected_ids) == everything[rollout.index]
+            assert rollout.response.ids == everything[rollout.response.index]
+
+
+def with_known_responses(known: tuple[int, ...], interrupt: bool = False) -> dict[str, Any]:
+    """Twice the same rollouts, the second time with some responses known already."""
+    from nemo_spin.selfplay.rollouts.roll_out import RolloutRequest
+
+    play, data = SelfPlay(), examples()
+    expected = play.roll_out(data, 0)
+    given = {rollout.response.key: rollout.response for rollout in expected if rollout.response.index in known}
+    request = RolloutRequest(data, 0, known=dict(given), interrupted=lambda: interrupt)
+    result = play.respond(request)
+    generated = {key[0]: response.ids for key, response in result.responses.items()}
+    return {
+        "is_as_before": result.rollouts == expected,
+        "is_whole": result.rollouts is not None,
+        "generated": sorted(generated),
+        "request_is_untouched": request.known == given,
+    }
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"dp": 2}], ids=str)
+def test_known_responses_are_scored_and_not_generated_again(workers: Any, layout: dict[str, int]) -> None:
+    for result in workers.run(with_known_responses, (0, 2, 5), **layout):
+        assert result["is_as_before"] and result["request_is_untouched"]
+        assert result["generated"] == [1, 3, 4, 6]
+    for result in workers.run(with_known_responses, tuple(range(7)), True, **layout):
+        assert result["is_as_before"] and not result["generated"], "nothing is left that could be interrupted"
+
+
+def test_an_interruption_leaves_no_rollouts(workers: Any) -> None:
+    for result in workers.run(with_known_responses, (0, 2, 5), True, dp=2):
+        assert not result["is_whole"] and not result["generated"] and result["request_is_untouched"]
 
 
 def gradients_of_the_parts() -> dict[str, float]:

@@ -286,16 +286,18 @@ def a_run_whose_rollouts_are_wrong(checkpoint: str, data: str, run_dir: str) -> 
 
     right = MegatronPolicy.roll_out
 
-    def wrong(*args: Any, **hooks: Any) -> list:
+    def wrong(*args: Any) -> Any:
         # As if the stop token were missing from the mask of chosen and rejected alike: the margin hardly shows it.
-        return [
+        result = right(*args)
+        rollouts = [
             dataclasses.replace(
                 rollout,
                 ref_chosen_logps=rollout.ref_chosen_logps + 0.3,
                 ref_rejected_logps=rollout.ref_rejected_logps + 0.3,
             )
-            for rollout in right(*args, **hooks)
+            for rollout in result.rollouts
         ]
+        return dataclasses.replace(result, rollouts=rollouts)
 
     MegatronPolicy.roll_out = wrong
     try:

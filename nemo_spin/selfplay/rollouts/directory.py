@@ -1,9 +1,9 @@
-"""The directory of an iteration's rollouts: what of it is of use, what is still to be written, what may go.
+"""The directory of an iteration's rollouts: which files are usable, what is not written yet, what can be removed.
 
     part-00000.parquet            rollouts, in the order in which they were made
-    journal-LIFE-NUMBER-REPLICA   responses that are not in a part yet; LIFE is another one each time a run is started
+    journal-LIFE-NUMBER-REPLICA   responses that are not in a part yet; LIFE differs each time a run is started
 
-One process reads and writes here; only journals are written by others.
+Rank 0 alone reads and writes here, except that each data-parallel replica writes journals of its own.
 """
 
 from __future__ import annotations
@@ -14,47 +14,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from nemo_spin.generation.interface import Key, Response
+from nemo_spin.selfplay.pairs import Rollout
 from nemo_spin.selfplay.rollouts.journal import read_journal
 from nemo_spin.selfplay.rollouts.part import ForeignError, Origin, Part, UnreadableError, read_part, write_part
-from nemo_spin.selfplay.rollouts.roll_out import Answer, Key, Rollout
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Found:
-    """What was found. rollouts, responses: of use, the latter without log-probabilities. unreadable, foreign: files."""
+    """What a directory and a checkpoint hold.
+
+    rollouts: that are reused. responses: that are reused, but not scored yet. unreadable, foreign: files ignored.
+    """
 
     rollouts: int = 0
     responses: int = 0
     unreadable: int = 0
     foreign: int = 0
 
-    @property
-    def anything(self) -> bool:
-        return any((self.rollouts, self.responses, self.unreadable, self.foreign))
-
     def __str__(self) -> str:
-        ignored = [
-            f"{count} {what}"
-            for count, what in ((self.unreadable, "damaged"), (self.foreign, "of another reference or other settings"))
-            if count
-        ]
-        line = f"{self.rollouts} rollouts and {self.responses} responses without log-probabilities are used again"
-        return line + (f"; files ignored: {', '.join(ignored)}" if ignored else "")
+        """In words; empty if there is nothing."""
+        reused = _counts({"scored rollouts": self.rollouts, "unscored responses": self.responses})
+        ignored = _counts({"damaged": self.unreadable, "of another reference or other settings": self.foreign})
+        parts = ("reusing ", " and ".join(reused)), ("files ignored: ", ", ".join(ignored))
+        return "; ".join(what + which for what, which in parts if which)
 
 
 class RolloutDirectory:
-    """See above. row: makes the row for people of a rollout."""
+    """Reads and writes the directory at `path`.
+
+    life: part of the names of this run's journals. found: what `read_parts` and `read_journals` have come to so far.
+    """
 
     def __init__(self, path: Path, origin: Origin, row: Callable[[Rollout], dict]) -> None:
+        """origin: of the rollouts that are usable, and of those that are written. row: see `part.row_of`."""
         self.path, self.origin = path, origin
         self.life = secrets.token_hex(4)
         self.found = Found()
         self._row = row
         self._written: list[Path] = []
         self._pending: list[list[Rollout]] = []
-        # What a run with other rollouts has left: it goes when the first of ours is written.
+        # What a run with other rollouts has left: it is removed when the first of ours is written.
         self._useless: list[Path] = []
         self._journals: dict[Path, set[Key]] = {}
         self._in_parts: set[Key] = set()
@@ -62,10 +64,11 @@ class RolloutDirectory:
     # ------------------------------------------------------------------------------------------ finding
 
     def read_parts(self, checkpointed: Sequence[Path] = (), trusted: bool = True) -> Iterator[list[Rollout]]:
-        """The rollouts of each file that is of use, those of a checkpoint first; none comes twice.
+        """Yield the rollouts of each usable file, those of a checkpoint first; no rollout is yielded twice.
 
-        checkpointed: files of a checkpoint. What of them is not in the directory is written to it again, with the next
-        rollouts. trusted: their origin does not matter, the checkpoint vouches for them.
+        checkpointed: files of a checkpoint. Those that are missing from the directory are written to it together with
+            the next rollouts.
+        trusted: accept checkpointed files of any origin, because the checkpoint vouches for them.
         """
         self._useless = sorted(self.path.glob("*.tmp"))
         for path in checkpointed:
@@ -85,9 +88,9 @@ class RolloutDirectory:
                 else:
                     self._useless.append(path)
 
-    def read_journals(self) -> dict[Key, Answer]:
-        """The responses that are in no part."""
-        answers: dict[Key, Answer] = {}
+    def read_journals(self) -> dict[Key, Response]:
+        """The responses that are in no part; `read_parts` comes first."""
+        responses: dict[Key, Response] = {}
         for path in self._paths_of_journals("*"):
             journal = self._noting(read_journal, path, self.origin)
             if journal is None:
@@ -95,11 +98,11 @@ class RolloutDirectory:
             open_rows = journal.keys() - self._in_parts
             if open_rows:
                 self._journals[path] = open_rows
-                answers |= {key: journal[key] for key in open_rows}
+                responses |= {key: journal[key] for key in open_rows}
             else:
                 self._useless.append(path)
-        self.found.responses = len(answers)
-        return answers
+        self.found.responses = len(responses)
+        return responses
 
     def _noting(self, read: Callable[[Path, Origin | None], T], path: Path, origin: Origin | None) -> T | None:
         try:
@@ -119,8 +122,8 @@ class RolloutDirectory:
             return False
 
     def _new(self, rollouts: list[Rollout]) -> list[Rollout]:
-        new = [rollout for rollout in rollouts if rollout.key not in self._in_parts]
-        self._in_parts.update(rollout.key for rollout in new)
+        new = [rollout for rollout in rollouts if rollout.response.key not in self._in_parts]
+        self._in_parts.update(_keys(new))
         self.found.rollouts += len(new)
         return new
 
@@ -130,15 +133,15 @@ class RolloutDirectory:
         return self.path / f"journal-{self.life}-{number:05d}-{replica:04d}"
 
     def add(self, rollouts: list[Rollout]) -> OSError | None:
-        """Write rollouts, and with them what could not be written before; see `write`."""
+        """Write rollouts, after those that could not be written before; see `write`."""
         self._pending.append(rollouts)
-        # What has been journaled in this life is in these rollouts, or in earlier ones.
+        # Every response that this run has journaled so far is in these rollouts, or in earlier ones.
         for path in self._paths_of_journals(f"{self.life}-*"):
-            self._journals.setdefault(path, {rollout.key for rollout in rollouts})
+            self._journals.setdefault(path, _keys(rollouts))
         return self.write()
 
     def write(self) -> OSError | None:
-        """Write what is not written yet. Returns the error if that cannot be done; it is kept, to be tried again."""
+        """Write what is not written yet. Returns the error if that fails; the next call then tries again."""
         try:
             while self._pending:
                 rollouts = self._pending[0]
@@ -146,18 +149,18 @@ class RolloutDirectory:
                 write_part(path, [self._row(rollout) for rollout in rollouts], rollouts, self.origin)
                 del self._pending[0]
                 self._written.append(path)
-                self._in_parts.update(rollout.key for rollout in rollouts)
-                self._remove_what_is_of_no_use()
+                self._in_parts.update(_keys(rollouts))
+                self._remove_useless()
         except OSError as error:
             return error
         return None
 
     @property
     def files(self) -> list[Path]:
-        """Those that are written."""
+        """Parts that are written."""
         return sorted(self._written)
 
-    def _remove_what_is_of_no_use(self) -> None:
+    def _remove_useless(self) -> None:
         done = [path for path, keys in self._journals.items() if keys <= self._in_parts]
         for path in {*done, *self._useless} - {*self._written}:
             path.unlink(missing_ok=True)
@@ -173,6 +176,14 @@ class RolloutDirectory:
 
     def _paths_of_journals(self, which: str) -> Iterable[Path]:
         return sorted(self.path.glob(f"journal-{which}"))
+
+
+def _counts(numbers: dict[str, int]) -> list[str]:
+    return [f"{number} {what}" for what, number in numbers.items() if number]
+
+
+def _keys(rollouts: Iterable[Rollout]) -> set[Key]:
+    return {rollout.response.key for rollout in rollouts}
 
 
 def _number(part: Path) -> int:

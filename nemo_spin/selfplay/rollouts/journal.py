@@ -1,8 +1,8 @@
-"""A journal: responses as they are finished, before they are scored, one line each.
+"""A journal: responses as they are generated, before they are scored, one line each.
 
 The first line names the origin. A line is a CRC-32 in eight hexadecimal digits, a space, and JSON; a run that is killed
-may leave half of the last one. Lines are handed to the system at once, not forced to disk: they outlive the process,
-and what a power cut takes is generated again.
+may leave half of the last one. Lines are handed to the operating system at once, but not forced to disk: they outlive
+the process, and what a power failure takes is generated again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from nemo_spin.generation.interface import Response
+from nemo_spin.generation.interface import Key, Response
 from nemo_spin.runtime.kill_points import reached
 from nemo_spin.selfplay.rollouts.part import ForeignError, Origin, UnreadableError
-from nemo_spin.selfplay.rollouts.roll_out import Answer, Key
 
 
 class Journal:
-    """Writes a journal, from its first response on. One that cannot be written is given up: `error` says why."""
+    """Writes a journal, which is created with its first response. On an error it is given up: `error` says why."""
 
     def __init__(self, path: Path, origin: Origin) -> None:
         self.error: OSError | None = None
@@ -31,7 +30,7 @@ class Journal:
         self._file: FileIO | None = None
 
     def append(self, response: Response) -> None:
-        """Note a response. Never raises OSError."""
+        """Write a response. Never raises OSError."""
         if self.error is not None:
             return
         try:
@@ -39,7 +38,7 @@ class Journal:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115
                 self._write(asdict(self._origin))
-            self._write(asdict(response))
+            self._write(asdict(response) | {"ids": response.ids.tolist()})
         except OSError as error:
             self.error = error
             self.close()
@@ -61,10 +60,10 @@ class Journal:
             rest = rest[self._file.write(rest) :]
 
 
-def read_journal(path: Path, origin: Origin) -> dict[Key, Answer]:
-    """The responses of a journal, up to the first line that is not whole.
+def read_journal(path: Path, origin: Origin) -> dict[Key, Response]:
+    """The responses of a journal, up to the first line that is incomplete or damaged.
 
-    Raises UnreadableError if not even its first line is, ForeignError if it is of another origin.
+    Raises UnreadableError if its first line already is, ForeignError if it is of another origin.
     """
     try:
         lines = _whole_lines(path.read_bytes())
@@ -73,13 +72,14 @@ def read_journal(path: Path, origin: Origin) -> dict[Key, Answer]:
             raise UnreadableError
         if head != asdict(origin):
             raise ForeignError
-        return {
-            # journals of before there were several responses to a prompt do not number them
-            (line["index"], line.get("sample", 0)): Answer(array("i", line["ids"]), line["finish_reason"])
-            for line in lines
-        }
+        return {response.key: response for response in map(_response, lines)}
     except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise UnreadableError from error
+
+
+def _response(line: dict[str, Any]) -> Response:
+    # Journals from before a prompt could have several responses do not number them.
+    return Response(line["index"], array("i", line["ids"]), line["finish_reason"], line.get("sample", 0))
 
 
 def _whole_lines(data: bytes) -> Iterator[dict[str, Any]]:

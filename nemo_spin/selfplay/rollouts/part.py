@@ -1,18 +1,21 @@
-"""A Parquet file of rollouts: for people to read, and for a run that goes on to find its rollouts again."""
+"""A Parquet file of rollouts: for people to read, and for a resumed run to take its rollouts from."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nemo_spin.selfplay.rollouts.roll_out import Rollout
+from nemo_spin.data.example import Example
+from nemo_spin.generation.interface import Response
+from nemo_spin.selfplay.pairs import Rollout
 
 SCHEMA = pa.schema(
     [
@@ -33,6 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Those that a rollout is read from.
 _COLUMNS = ["index", "sample", "rejected_ids", "finish_reason", "ref_chosen_logps", "ref_rejected_logps"]
 # Names in the file's metadata.
 _REFERENCE, _SETTINGS, _ROWS = b"nemo_spin.ref_id", b"nemo_spin.settings", b"nemo_spin.rows"
@@ -40,9 +44,9 @@ _REFERENCE, _SETTINGS, _ROWS = b"nemo_spin.ref_id", b"nemo_spin.settings", b"nem
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What rollouts are a function of: those of the same origin and index are the same, up to rounding.
+    """What rollouts depend on: those of the same origin and index are the same, up to rounding.
 
-    ref_id: names the weights of the reference that made them. settings: a hash of all else.
+    ref_id: identifies the weights of the reference that made them. settings: a hash of everything else.
     """
 
     ref_id: str
@@ -50,23 +54,44 @@ class Origin:
 
 
 class UnreadableError(Exception):
-    """A file that is damaged, or none of ours."""
+    """The file is damaged, or was not written by this package."""
 
 
 class ForeignError(Exception):
-    """A file of another origin."""
+    """The file is of another origin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a file holds. digest: of the rollouts, the same for a copy."""
+    """The content of a file. digest: of the rollouts, the same for a copy."""
 
     rollouts: list[Rollout]
     digest: str
 
 
+def row_of(rollout: Rollout, example: Example, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """The row of a rollout as in `SCHEMA`: with texts, ids and lengths. decode: token ids -> text."""
+    response = rollout.response
+    return {
+        "index": response.index,
+        "sample": response.sample,
+        "prompt": decode(example.prompt_ids),
+        "chosen": decode(example.response_ids),
+        "rejected": decode(response.ids),
+        "prompt_ids": example.prompt_ids,
+        "chosen_ids": example.response_ids,
+        "rejected_ids": response.ids,
+        "prompt_length": len(example.prompt_ids),
+        "chosen_length": len(example.response_ids),
+        "rejected_length": len(response.ids),
+        "finish_reason": response.finish_reason,
+        "ref_chosen_logps": rollout.ref_chosen_logps,
+        "ref_rejected_logps": rollout.ref_rejected_logps,
+    }
+
+
 def write_part(path: Path, rows: Sequence[dict], rollouts: Sequence[Rollout], origin: Origin) -> None:
-    """Write a file that is on disk, and whole, when it has its name. rows: as `SCHEMA` has them, one for each rollout.
+    """Write a file that has its name only when it is complete and on disk. rows: the `row_of` each rollout.
 
     Raises OSError; then there is no file.
     """
@@ -84,9 +109,9 @@ def write_part(path: Path, rows: Sequence[dict], rollouts: Sequence[Rollout], or
 
 
 def read_part(path: Path, origin: Origin | None = None) -> Part:
-    """The rollouts of a file. origin: what they have to come from, None for wherever they come from.
+    """The rollouts of a file. origin: the one they must have; None for any.
 
-    Raises UnreadableError unless they are what was written, ForeignError if they are of another origin.
+    Raises UnreadableError unless they are exactly what was written, ForeignError if they are of another origin.
     """
     try:
         with pq.ParquetFile(path) as parquet:
@@ -99,7 +124,7 @@ def read_part(path: Path, origin: Origin | None = None) -> Part:
             ):
                 raise ForeignError
             rows = parquet.read(columns=_COLUMNS).to_pylist()
-        rollouts = [Rollout(**row | {"rejected_ids": array("i", row["rejected_ids"])}) for row in rows]
+        rollouts = [_rollout(row) for row in rows]
         digest = digest_of(rollouts)
     except (OSError, pa.ArrowException, ValueError, TypeError, KeyError, OverflowError) as error:
         raise UnreadableError from error
@@ -110,7 +135,7 @@ def read_part(path: Path, origin: Origin | None = None) -> Part:
 
 
 def origin_of(path: Path) -> Origin:
-    """What the rollouts of a file come from. Raises UnreadableError."""
+    """The origin of the rollouts in a file. Raises UnreadableError."""
     try:
         with pq.ParquetFile(path) as parquet:
             names = parquet.schema_arrow.metadata or {}
@@ -120,12 +145,18 @@ def origin_of(path: Path) -> Origin:
 
 
 def digest_of(rollouts: Sequence[Rollout]) -> str:
-    """A hash of all that rollouts are made of, to the last bit."""
+    """A hash of rollouts, to the last bit."""
     digest = hashlib.sha256()
     for rollout in rollouts:
         numbers = array("d", (rollout.ref_chosen_logps, rollout.ref_rejected_logps))
-        # Files of before there were several responses to a prompt do not number them.
-        name = f"{rollout.index}.{rollout.sample}" if rollout.sample else f"{rollout.index}"
-        digest.update(f"{name} {rollout.finish_reason} {len(rollout.rejected_ids)} ".encode())
-        digest.update(rollout.rejected_ids.tobytes() + numbers.tobytes())
+        response = rollout.response
+        # Files from before a prompt could have several responses do not number them.
+        name = f"{response.index}.{response.sample}" if response.sample else f"{response.index}"
+        digest.update(f"{name} {response.finish_reason} {len(response.ids)} ".encode())
+        digest.update(response.ids.tobytes() + numbers.tobytes())
     return digest.hexdigest()
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    response = Response(row["index"], array("i", row["rejected_ids"]), row["finish_reason"], row.get("sample", 0))
+    return Rollout(response, row["ref_chosen_logps"], row["ref_rejected_logps"])

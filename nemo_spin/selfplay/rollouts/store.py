@@ -1,128 +1,110 @@
-"""Keeping the rollouts of an iteration: made once, in Parquet files that people can open, used in every epoch."""
+"""The rollouts of an iteration: made once, used in every epoch, and written to Parquet files that people can open."""
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nemo_spin.data.example import Example
+from nemo_spin.generation.interface import Key, Response
 from nemo_spin.reporting.events import Sample
-from nemo_spin.runtime.collectives import from_first, of_first
-from nemo_spin.selfplay.pairs import Pair, Selection
+from nemo_spin.runtime.collectives import from_first
+from nemo_spin.selfplay.pairs import Pair, Rollout, Selection
 from nemo_spin.selfplay.rollouts.directory import Found, RolloutDirectory
+from nemo_spin.selfplay.rollouts.figures import RolloutFigures
 from nemo_spin.selfplay.rollouts.journal import Journal
-from nemo_spin.selfplay.rollouts.part import Origin, origin_of
-from nemo_spin.selfplay.rollouts.roll_out import Answer, Key, Rollout
-
-# A response of at least this many tokens counts as repeated when less than half of its runs of four tokens differ.
-_REPEATED_FROM_TOKENS = 16
-_RUN = 4
+from nemo_spin.selfplay.rollouts.part import Origin, row_of
 
 
 class Dataset(Protocol):
+    """Examples by index. digest: of all of them."""
+
+    digest: str
+
     def __getitem__(self, index: int) -> Example: ...
 
 
 class RolloutStore:
-    """The rollouts of one iteration: in memory on every process, on disk for people and for a run that goes on.
+    """The rollouts of one iteration: in memory on every process, on disk for people and for a resumed run.
 
-    Every process calls every method; only process 0 writes, beside one journal for each data-parallel replica.
+    Every process calls every method. Rank 0 writes the rollouts; the first process of each data-parallel replica writes
+    a journal of responses.
 
-    responses: those without log-probabilities yet; in the end those that an interruption has left.
+    path: the directory. origin: of all rollouts in it.
+    responses: those that are not scored yet, by key; adding their rollouts removes them.
+    figures: of all rollouts.
+    unwritten: on rank 0 the error of the last write if it failed, else None.
     """
 
     def __init__(
         self,
-        directory: Path,
+        path: Path,
         origin: Origin,
         dataset: Dataset,
         decode: Callable[[Sequence[int]], str],
-        num_generations: int = 1,
-        selection: Selection | None = None,
+        num_generations: int,
+        selection: Selection,
+        say: Callable[[str], None],
     ) -> None:
-        """directory: the same on every process and visible to all of them. origin: of the rollouts.
+        """path: the same on every process and visible to all of them. decode: token ids -> text, for people to read.
 
-        decode: token ids -> text, for the columns that people read. num_generations: responses to each prompt.
-        selection: which of them make pairs; None for all.
+        num_generations: responses to each prompt. selection: which of them make pairs. say: tells the user that the
+        disk is full, and that it no longer is.
         """
-        self._directory = RolloutDirectory(directory, origin, self._row)
-        self._samples, self._selection = range(num_generations), selection or Selection()
-        self.responses: dict[Key, Answer] = {}
-        self._dataset, self._decode = dataset, decode
+        self.path, self.origin = path, origin
+        self.responses: dict[Key, Response] = {}
+        self.figures = RolloutFigures()
+        self.unwritten: OSError | None = None
+        self._dataset, self._decode, self._say = dataset, decode, say
+        self._samples, self._selection = range(num_generations), selection
+        # Every process holds all of them, which is affordable because ids take 4 bytes a token.
+        self._rollouts: dict[Key, Rollout] = {}
+        self._directory = RolloutDirectory(path, origin, lambda r: row_of(r, dataset[r.response.index], decode))
         self._journals = 0
-        # Flat: 4 bytes a token. Row r holds ids[starts[r]:starts[r + 1]], and the logps 2r (chosen) and 2r + 1.
-        self._row_of: dict[Key, int] = {}
-        self._ids, self._starts, self._ref_logps = array("i"), array("q", [0]), array("d")
-        self._cut_off = bytearray()
-        self._empty = self._repeated = self._matching = self._not_finite = 0
-        self._finite_logps, self._finite_tokens = 0.0, 0
 
-    @classmethod
-    def recalled(cls, directory: Path, files: Sequence[Path], *args: Any) -> RolloutStore:
-        """The rollouts of an iteration that has ended, as a checkpoint holds them. files: the checkpoint's. args: those
-        of the constructor after `origin`, which the files say themselves."""
-        origin = of_first(lambda: origin_of(files[0]) if files else Origin("", ""))
-        store = cls(directory, origin, *args)
-        store.find(files)
-        return store
+    # ------------------------------------------------------------------------------------------ what there is
 
     @property
-    def path(self) -> Path:
-        """The directory."""
-        return self._directory.path
-
-    @property
-    def origin(self) -> Origin:
-        """What its rollouts come from."""
-        return self._directory.origin
-
-    def __len__(self) -> int:
-        return len(self._row_of)
+    def is_empty(self) -> bool:
+        """Whether there is neither a rollout nor a response."""
+        return not self._rollouts and not self.responses
 
     def missing(self, indices: Iterable[int]) -> list[int]:
-        """Those of the examples' indices that lack a rollout, each once, in ascending order."""
-        return sorted({i for i in indices if any((i, sample) not in self._row_of for sample in self._samples)})
+        """The examples' indices that lack a rollout, each once, in ascending order."""
+        return sorted({i for i in indices if any((i, sample) not in self._rollouts for sample in self._samples)})
 
-    def pair(self, example: Example, number: int = 0) -> Pair:
-        """The example with the rollout of this number among those that make pairs. Raises KeyError if it has none."""
-        return self._pair(example, self._selected(example.index)[number])
+    def selected(self, index: int) -> list[Rollout]:
+        """The rollouts of an example that make pairs. Raises KeyError if it lacks one."""
+        return self._selection([self._rollouts[index, sample] for sample in self._samples])
 
-    def answers(self, index: int) -> list[Answer]:
-        """The responses to an example that make pairs, in the order of `pair`. Raises KeyError if one is missing."""
-        rows = [self._row_of[index, sample] for sample in self._selected(index)]
-        return [Answer(self._row_ids(row), self._finish_reason(row)) for row in rows]
+    def pair(self, index: int, number: int = 0) -> Pair:
+        """An example with one of its `selected` rollouts, by number. Raises KeyError if it lacks one."""
+        return Pair.of(self._dataset[index], self.selected(index)[number])
 
-    def _selected(self, index: int) -> list[int]:
-        rows = [self._row_of[index, sample] for sample in self._samples]
-        return self._selection(
-            [self._ref_logps[2 * row + 1] for row in rows], [self._starts[row + 1] - self._starts[row] for row in rows]
-        )
+    def samples(self, count: int) -> list[Sample]:
+        """The first response to each of the first `count` examples by index, as text.
 
-    def _pair(self, example: Example, sample: int) -> Pair:
-        row = self._row_of[example.index, sample]
-        chosen, rejected = self._ref_logps[2 * row : 2 * row + 2]
-        return Pair(example, tuple(self._row_ids(row)), self._finish_reason(row), chosen, rejected)
+        They are of the same examples in every iteration that uses all of them.
+        """
+        first = sorted(index for index, sample in self._rollouts if sample == 0)[:count]
+        return [self._sample(self._dataset[index], self._rollouts[index, 0].response) for index in first]
 
-    def _row_ids(self, row: int) -> array:
-        return self._ids[self._starts[row] : self._starts[row + 1]]
-
-    def _finish_reason(self, row: int) -> str:
-        return "length" if self._cut_off[row] else "stop"
+    def _sample(self, example: Example, response: Response) -> Sample:
+        texts = map(self._decode, (example.prompt_ids, example.response_ids, response.ids))
+        return Sample(example.index, *texts, response.finish_reason)
 
     # ------------------------------------------------------------------------------------------ on disk
 
     def find(self, checkpointed: Sequence[Path] = (), trusted: bool = True) -> Found:
-        """Take what the directory and a checkpoint hold of this origin, the same on every process.
+        """Load what the directory and a checkpoint hold of this origin, the same on every process.
 
-        checkpointed, trusted: see `RolloutDirectory.read_parts`. Process 0 alone reads: what another machine wrote
-        last may be seen late, and not by all at once.
+        checkpointed, trusted: see `RolloutDirectory.read_parts`. Rank 0 alone reads: what another machine wrote last
+        may become visible late, and not everywhere at once.
         """
         disk = self._directory
         if dist.get_rank() == 0:
@@ -139,118 +121,48 @@ class RolloutStore:
 
     @contextmanager
     def journal(self) -> Iterator[Journal | None]:
-        """Where this process notes responses until they are added; None where another one of its replica does."""
+        """A journal for the responses of this data-parallel replica; None if another process of it has the journal."""
         self._journals += 1
         if parallel_state.get_model_parallel_group().rank() != 0:
             yield None
             return
         replica = parallel_state.get_data_parallel_rank()
-        journal = Journal(self._directory.journal_path(self._journals, replica), self._directory.origin)
+        journal = Journal(self._directory.journal_path(self._journals, replica), self.origin)
         try:
             yield journal
         finally:
             journal.close()
+            if journal.error is not None and self.unwritten is None:
+                self._warn(journal.error)
 
-    def add(self, rollouts: Sequence[Rollout]) -> OSError | None:
-        """Keep these rollouts, and write them to the next file; their journals go. Returns as `write` does."""
+    def add(self, rollouts: Sequence[Rollout]) -> None:
+        """Keep rollouts, and write them to the next file; then their journals are removed. See `unwritten`."""
         self._keep(rollouts)
         for rollout in rollouts:
-            self.responses.pop(rollout.key, None)
-        return self._directory.add(list(rollouts)) if dist.get_rank() == 0 else None
+            self.responses.pop(rollout.response.key, None)
+        if dist.get_rank() == 0:
+            self._note(self._directory.add(list(rollouts)))
 
-    def write(self) -> OSError | None:
-        """Write what could not be written before. Returns why it still cannot be, on process 0 if so."""
-        return self._directory.write() if dist.get_rank() == 0 else None
-
-    def files(self) -> list[Path]:
-        """Those that are written, on process 0."""
+    def write(self) -> list[Path]:
+        """Write what could not be written before. Returns all files that are written, on rank 0. See `unwritten`."""
+        if dist.get_rank() == 0:
+            self._note(self._directory.write())
         return self._directory.files
+
+    def _note(self, error: OSError | None) -> None:
+        if error is not None and self.unwritten is None:
+            self._warn(error)
+        elif error is None and self.unwritten is not None:
+            self._say(f"Rollouts are written to {self.path} again.")
+        self.unwritten = error
+
+    def _warn(self, error: OSError) -> None:
+        self._say(
+            f"warning: rollouts cannot be written to {self.path} ({error.strerror or error}): the run goes on with "
+            "them in memory and tries again with the next ones; make room."
+        )
 
     def _keep(self, rollouts: Iterable[Rollout]) -> None:
         for rollout in rollouts:
-            self._row_of[rollout.key] = len(self._cut_off)
-            self._ids.extend(rollout.rejected_ids)
-            self._starts.append(len(self._ids))
-            self._ref_logps.extend((rollout.ref_chosen_logps, rollout.ref_rejected_logps))
-            self._cut_off.append(rollout.finish_reason == "length")
-            # a stop token alone says nothing
-            self._empty += len(rollout.rejected_ids) == 1 and rollout.finish_reason == "stop"
-            self._repeated += is_repeated(rollout.rejected_ids)
-            self._matching += tuple(rollout.rejected_ids) == self._dataset[rollout.index].response_ids
-            if math.isfinite(rollout.ref_chosen_logps) and math.isfinite(rollout.ref_rejected_logps):
-                self._finite_logps += rollout.ref_rejected_logps
-                self._finite_tokens += len(rollout.rejected_ids)
-            else:
-                self._not_finite += 1
-
-    # ------------------------------------------------------------------------------------------ for people
-
-    def summary(self) -> dict[str, float]:
-        """`rollout/*`: number of responses, mean tokens, and shares of them: ended by a stop token, cut off at the
-        length limit, empty, repeated (see `is_repeated`), equal to the human response, of pairs whose log-probabilities
-        are not finite; and `entropy`, minus the mean log-probability of a token under the reference, in nats."""
-        count = max(len(self), 1)
-        cut_off = sum(self._cut_off)
-        shares = {
-            "finish_reason_stop": len(self) - cut_off,
-            "finish_reason_length": cut_off,
-            "empty": self._empty,
-            "repeated": self._repeated,
-            "exact_match": self._matching,
-            "not_finite": self._not_finite,
-        }
-        entropy = {"rollout/entropy": -self._finite_logps / self._finite_tokens} if self._finite_tokens else {}
-        return {
-            "rollout/responses": float(len(self)),
-            "rollout/length": len(self._ids) / count,
-            **entropy,
-            **{f"rollout/{name}": number / count for name, number in shares.items()},
-        }
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all responses."""
-        return len(self._ids)
-
-    def samples(self, count: int) -> list[Sample]:
-        """The first `count` by index, as text, of each example the first response; of the same examples in every
-        iteration that uses all of them."""
-        first = sorted(index for index, sample in self._row_of if sample == 0)[:count]
-        pairs = [self._pair(self._dataset[index], 0) for index in first]
-        return [
-            Sample(
-                pair.example.index,
-                self._decode(pair.example.prompt_ids),
-                self._decode(pair.example.response_ids),
-                self._decode(pair.rejected_ids),
-                pair.finish_reason,
-            )
-            for pair in pairs
-        ]
-
-    def _row(self, rollout: Rollout) -> dict[str, Any]:
-        example = self._dataset[rollout.index]
-        return {
-            "index": rollout.index,
-            "sample": rollout.sample,
-            "prompt": self._decode(example.prompt_ids),
-            "chosen": self._decode(example.response_ids),
-            "rejected": self._decode(rollout.rejected_ids),
-            "prompt_ids": example.prompt_ids,
-            "chosen_ids": example.response_ids,
-            "rejected_ids": rollout.rejected_ids,
-            "prompt_length": len(example.prompt_ids),
-            "chosen_length": len(example.response_ids),
-            "rejected_length": len(rollout.rejected_ids),
-            "finish_reason": rollout.finish_reason,
-            "ref_chosen_logps": rollout.ref_chosen_logps,
-            "ref_rejected_logps": rollout.ref_rejected_logps,
-        }
-
-
-def is_repeated(ids: Sequence[int]) -> bool:
-    """Whether a response goes round in circles: less than half of its runs of four tokens are different ones."""
-    if len(ids) < _REPEATED_FROM_TOKENS:
-        return False
-    runs = [tuple(ids[i : i + _RUN]) for i in range(len(ids) - _RUN + 1)]
-    return 2 * len(set(runs)) < len(runs)
+            self._rollouts[rollout.response.key] = rollout
+            self.figures.add(rollout, self._dataset[rollout.response.index].response_ids)

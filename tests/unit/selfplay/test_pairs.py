@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from array import array
 
 import pytest
 
 from nemo_spin.data.example import Example
+from nemo_spin.generation.interface import Response
 from nemo_spin.megatron.sequences import ResponseGroup
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.pairs import Pair, PairGroup, Selection, groups_of_pairs
+from nemo_spin.selfplay.pairs import Pair, PairGroup, Rollout, Selection, groups_of_pairs
 from nemo_spin.selfplay.step import pair_rows
 
 
@@ -67,6 +69,10 @@ def test_skipped_steps_are_counted_in_a_row_and_survive_too() -> None:
     assert Progress.from_state_dict(older) == Progress(1, 2, 8, 64)
 
 
+def rollout(logp: float, length: int = 4) -> Rollout:
+    return Rollout(Response(0, array("i", [5] * length), "stop"), -1.0, logp)
+
+
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
@@ -78,12 +84,14 @@ def test_skipped_steps_are_counted_in_a_row_and_survive_too() -> None:
     ],
 )
 def test_which_responses_become_rejected(selection: Selection, expected: list[int]) -> None:
-    assert selection([-9.0, -5.0, -6.0], [10, 2, 3]) == expected
+    rollouts = [rollout(logp, length) for logp, length in ((-9.0, 10), (-5.0, 2), (-6.0, 3))]
+    assert selection(rollouts) == [rollouts[number] for number in expected]
 
 
 @pytest.mark.parametrize("rejected", ["best", "worst"])
 def test_a_response_without_a_finite_log_probability_is_the_last_choice(rejected: str) -> None:
     select = Selection(rejected)
     for broken in (math.nan, math.inf, -math.inf):
-        assert select([broken, -3.0], [4, 4]) == [1]
-        assert select([broken, broken], [4, 4]) == [0]
+        bad, good = rollout(broken), rollout(-3.0)
+        assert select([bad, good])[0] is good
+        assert select([bad, rollout(broken)])[0] is bad

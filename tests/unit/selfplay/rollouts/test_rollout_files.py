@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from nemo_spin.data.example import Example
 from nemo_spin.generation.interface import Response
+from nemo_spin.selfplay.pairs import Rollout
 from nemo_spin.selfplay.rollouts import journal as journals
 from nemo_spin.selfplay.rollouts import part as parts
 from nemo_spin.selfplay.rollouts.directory import RolloutDirectory
 from nemo_spin.selfplay.rollouts.journal import Journal, read_journal
-from nemo_spin.selfplay.rollouts.part import ForeignError, Origin, UnreadableError, read_part, write_part
-from nemo_spin.selfplay.rollouts.roll_out import Rollout
+from nemo_spin.selfplay.rollouts.part import ForeignError, Origin, UnreadableError, read_part, row_of, write_part
 
 ORIGIN = Origin("weights-1", "settings-1")
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -26,13 +27,12 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 def rollout(index: int, iteration: int = 0) -> Rollout:
     # The last bit of a float counts.
     logp = -1.0 / (3 + index + iteration)
-    return Rollout(index, array("i", [index, 5, 2]), "stop" if index % 2 else "length", logp, logp * 7, sample=1)
+    response = Response(index, array("i", [index, 5, 2]), "stop" if index % 2 else "length", sample=1)
+    return Rollout(response, logp, logp * 7)
 
 
 def row(made: Rollout) -> dict[str, Any]:
-    text = {"prompt": "p", "chosen": "c", "rejected": "r", "prompt_ids": [1], "chosen_ids": [2], "prompt_length": 1}
-    lengths = {"chosen_length": 1, "rejected_length": 3}
-    return text | lengths | {name: getattr(made, name) for name in Rollout.__slots__}
+    return row_of(made, Example(made.response.index, (1,), (2,)), str)
 
 
 def directory(path: Path, origin: Origin = ORIGIN) -> RolloutDirectory:
@@ -92,7 +92,9 @@ def test_what_is_of_no_use_is_ignored_and_goes_when_rollouts_are_written(tmp_pat
     rollouts, reader = found(tmp_path)
     assert rollouts == [rollout(0), rollout(1)]
     assert (reader.found.unreadable, reader.found.foreign) == (1, 1)
-    assert str(reader.found).endswith("files ignored: 1 damaged, 1 of another reference or other settings")
+    assert str(reader.found) == (
+        "reusing 2 scored rollouts; files ignored: 1 damaged, 1 of another reference or other settings"
+    )
     assert len(list(tmp_path.glob("part-*"))) == 4
     assert reader.add([rollout(2)]) is None
     assert sorted(path.name for path in tmp_path.glob("part-*")) == ["part-00000.parquet", "part-00001.parquet"]
@@ -111,14 +113,14 @@ def test_a_checkpoint_comes_before_the_directory(tmp_path: Path) -> None:
     assert rollouts == [rollout(index) for index in range(6)] + other[-1:]
     assert reader.write() is None
     again, _ = found(run)
-    assert {one.index for one in again} == set(range(7))
+    assert {one.response.index for one in again} == set(range(7))
     assert [path.name for path in reader.files] == [f"part-{i:05d}.parquet" for i in range(3)]
 
 
 def journal_of(path: Path, indices: range, origin: Origin = ORIGIN) -> Journal:
     journal = Journal(path, origin)
     for index in indices:
-        journal.append(Response(index, (index, 5, 2), "stop", sample=1))
+        journal.append(Response(index, array("i", [index, 5, 2]), "stop", sample=1))
     journal.close()
     return journal
 
@@ -178,12 +180,12 @@ def test_on_a_full_disk_rollouts_wait_and_are_written_later(tmp_path: Path, monk
 
 def test_a_journal_that_cannot_be_written_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path / "journal-0-0-0", ORIGIN)
-    journal.append(Response(0, (1, 2), "stop"))
+    journal.append(Response(0, array("i", [1, 2]), "stop"))
     full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     before, journal._file = journal._file, full
-    journal.append(Response(1, (1, 2), "stop"))
+    journal.append(Response(1, array("i", [1, 2]), "stop"))
     before.close()
     assert journal.error is not None and journal.error.errno == errno.ENOSPC
-    journal.append(Response(2, (1, 2), "stop"))
+    journal.append(Response(2, array("i", [1, 2]), "stop"))
     assert list(read_journal(tmp_path / "journal-0-0-0", ORIGIN)) == [(0, 0)]
     assert journals.Journal(tmp_path / "no" / "such", ORIGIN).error is None
