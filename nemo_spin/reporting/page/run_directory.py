@@ -57,6 +57,12 @@ class Run:
         """SPIN's loss where policy and reference are the same, and its name."""
         return (math.log(2.0), "ln 2") if self.get("model.spin.loss_type") in (None, "logistic") else (1.0, "1")
 
+    @property
+    def clipped_above(self) -> tuple[float, str] | None:
+        """The gradient norm from which steps are clipped, and a label; None where they are not."""
+        limit = self.number("trainer.spin.gradient_clip_val") or 0.0
+        return (limit, "clipped above") if limit > 0 else None
+
     def begins_at_reference(self, iteration: int) -> bool:
         """Whether policy and reference are the same when an iteration begins."""
         return iteration == 0 or self.get("model.spin.refresh_reference") is not False
