@@ -24,7 +24,6 @@ _RUN_ON = {"val_loss", "rollout/length", "throughput/rollout_tokens_per_second"}
 _DASHES = ("solid", "dash", "dot", "dashdot")  # the curves differ also where there are no colours
 
 
-
 def draw(spec: Spec, run: Run) -> Figure | None:
     """A figure of those of its metrics that are logged; None if none is."""
     traces: list[dict[str, Any]] = []

@@ -78,46 +78,12 @@ class Run:
         return max(self.history.records, key=lambda record: (record.step, record.iteration))
 
     @cached_property
-    def _steps_of_past(self) -> dict[int, int]:
-        """Steps of the iterations that are over."""
-        steps: dict[int, int] = {}
-        for record in self.history.records:
-            if record.kind == "train" and record.iteration < self.last_position.iteration:
-                done = record.position.get("iteration_step", 0)
-                steps[record.iteration] = max(done, steps.get(record.iteration, 0))
-        return {iteration: number for iteration, number in steps.items() if number}
-
-    def steps_of(self, iteration: int) -> int | None:
-        """Steps of an iteration: the logged ones if it is over, else about as many as the last that is; None before."""
-        past = self._steps_of_past
-        if iteration in past or not past:
-            return past.get(iteration)
-        last = max(past)
-        return round(past[last] * self._relative_size(iteration) / self._relative_size(last))
-
-    def _relative_size(self, iteration: int) -> float:
-        """Passes over the training data in an iteration, with those over pairs of iterations before it."""
-        epochs = self.per_iteration("trainer.spin.max_epochs", iteration) or 1.0
-        replayed = min(int(self.number("model.spin.replay_iterations") or 0), iteration)
-        weights = self.get("model.spin.replay_weights")
-        each = [_number(weight) or 1.0 for weight in weights] if isinstance(weights, list) else []
-        return epochs * (1 + sum(each[:replayed]) + max(0, replayed - len(each)))
-
-    @cached_property
     def total_steps(self) -> int | None:
-        """Steps that the whole run is to have, None while that is not known."""
+        """Steps that the whole run is to have, None where the log does not say so."""
         for record in reversed(self.history.records):
             if record.kind in ("start", "resume") and "total_steps" in record.position:
                 return record.position["total_steps"]
-        # the log of a version that did not write it
-        totals = []
-        if self.max_iterations:
-            steps = [self.steps_of(iteration) for iteration in range(self.max_iterations)]
-            totals += [sum(filter(None, steps))] if all(steps) else []
-        limit = self.number("trainer.spin.max_steps")
-        if limit is not None and limit > 0:
-            totals.append(int(limit))
-        return min(totals, default=None)
+        return None
 
     @cached_property
     def has_ended(self) -> bool:
@@ -150,10 +116,9 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Read a run directory, but for its rollouts. Raises UserError, DataError or ConfigError."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the directory of a run (exp_manager.explicit_log_dir).")
     if not path.is_dir():
-        raise UserError(f"{path} is not a directory: give the directory of a run (exp_manager.explicit_log_dir).")
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}: give the directory of a run (exp_manager.explicit_log_dir).")
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         parts = ("metrics.jsonl", "config.yaml", "checkpoints")
