@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from nemo_spin.megatron.steps import response_logps
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.runtime.collectives import is_main
+from nemo_spin.runtime.files import written_whole
 
 # Lines that are sorted by length together and held in memory.
 _CHUNK = 4096
@@ -104,12 +104,8 @@ def _whole_file(path: Path, write: bool) -> Iterator[IO[str] | None]:
     if not write:
         yield None
         return
-    unfinished = path.with_name(f".unfinished-{path.name}")
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with written_whole(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             yield file
-        os.replace(unfinished, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another --output.") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
