@@ -9,6 +9,9 @@ from nemo_spin.cli.options import add_bad_record_option, add_record_options, rec
 from nemo_spin.config.dataset import OVERLONG, TRUNCATION_METHODS
 from nemo_spin.errors import ConfigError
 
+# Those that `load_dataset` knows by the same names, beside how a record is read.
+_LOAD_OPTIONS = ("overlong", "truncation_field", "truncation_method", "on_bad_record", "cache_dir")
+
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
@@ -49,12 +52,5 @@ def _run(options: argparse.Namespace) -> int:
         tokenizer_path=options.tokenizer,
         max_seq_length=options.max_seq_length,
         num_examples=options.examples,
-        load_options={
-            **record_options(options),
-            "overlong": options.overlong,
-            "truncation_field": options.truncation_field,
-            "truncation_method": options.truncation_method,
-            "on_bad_record": options.on_bad_record,
-            "cache_dir": options.cache_dir,
-        },
+        load_options=record_options(options) | {name: getattr(options, name) for name in _LOAD_OPTIONS},
     )

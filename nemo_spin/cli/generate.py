@@ -115,19 +115,11 @@ def _config(options: argparse.Namespace) -> Any:
     sampling, records = parse_sampling(Options(values)), record_options(options)
     from nemo_spin.commands.generate import GenerateConfig
 
+    named = {name: getattr(options, name) for name in GenerateConfig.__slots__ if hasattr(options, name)}
     return GenerateConfig(
-        checkpoint=options.checkpoint,
+        **named,
         model=model_options(options),
-        prompts=options.prompts,
-        output=options.output,
-        rollout_batch_size=options.rollout_batch_size,
-        micro_batch_size=options.micro_batch_size,
-        num_samples=options.num_samples,
-        seed=options.seed,
-        iteration=options.iteration,
         sampling=sampling,
         lengths=LengthParams(max_length=options.max_new_tokens or 0, min_length=options.min_new_tokens),
         record_options=records,
-        on_bad_record=options.on_bad_record,
-        overwrite=options.overwrite,
     )

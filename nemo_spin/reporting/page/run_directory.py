@@ -145,11 +145,11 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
+        reason = None if isinstance(config, dict) else "is not a mapping of keys to values"
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} cannot be read ({reason}): mend it, or move it away for a report without.") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} is not a mapping of keys to values: mend it, or move it away for a report without.")
+        reason = f"cannot be read ({' '.join(str(error).split())})"
+    if reason:
+        raise ConfigError(f"{path} {reason}: mend it, or move it away for a report without.")
     return text, config
 
 
