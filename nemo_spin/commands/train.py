@@ -170,9 +170,9 @@ def _train(cfg: DictConfig, inputs: Inputs, reporter: Reporter, notes: Sequence[
         cfg.model.precision = spin.precision
     beat("loading the model")
     model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=cfg.model)
-    model.prepare_training(spin, inputs.context_length, inputs.train_dataset.stop_ids)
+    policy = model.policy(spin, inputs.context_length, inputs.train_dataset.stop_ids)
     trainer = SPINTrainer(
-        spin, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
+        spin, policy, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
     )
     # Looked up now that no other run writes there, and once: a file system may show machines different things.
     if resume_from := of_first(lambda: experiment.checkpoint_to_resume(cfg, inputs.run_dir)):
