@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from nemo_spin.cli.options import (
@@ -70,18 +71,9 @@ def add_parser(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     cfg = _config(options)
+    from nemo_spin.commands.generate import generate, preflight
 
-    def check() -> object:
-        from nemo_spin.commands.generate import preflight
-
-        return preflight(cfg)
-
-    def work() -> None:
-        from nemo_spin.commands.generate import generate
-
-        generate(cfg)
-
-    return run_in_parallel(options, work, check)
+    return run_in_parallel(options, partial(generate, cfg), partial(preflight, cfg))
 
 
 def _config(options: argparse.Namespace) -> Any:

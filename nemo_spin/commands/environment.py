@@ -58,10 +58,11 @@ def _absent(name: str, says: str, is_wrong: bool = False) -> Component:
 def components() -> list[Component]:
     """All of them, in the order in which they are best read."""
     requirements = _requirements()
+    python = _judged("Python", "python", requirements.pop("python", ""))
     shown = [_judged(name, distribution, requirements.get(distribution, "")) for distribution, name in _SHOWN.items()]
     others = [_judged(name, name, supported) for name, supported in requirements.items() if name not in _SHOWN]
     return [
-        _python(),
+        python,
         *shown,
         *_gpus(),
         _transformer_engine(),
@@ -94,13 +95,15 @@ def _judged(name: str, distribution: str, supported: str) -> Component:
 
 
 def _requirements() -> dict[str, str]:
-    """The packages that this one needs here, with the versions that it takes. Empty if it was not installed by pip."""
+    """Python and the packages that this one needs here, with the versions that it takes. Empty if it was not installed
+    by pip."""
     try:
         lines = metadata.requires(_OURS) or []
+        python = SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or "")
     except metadata.PackageNotFoundError:
         return {}
     needed = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return {canonicalize_name(one.name): _in_order(one.specifier) for one in needed}
+    return {"python": _in_order(python)} | {canonicalize_name(one.name): _in_order(one.specifier) for one in needed}
 
 
 def _in_order(specifiers: SpecifierSet) -> str:
@@ -113,14 +116,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _python() -> Component:
-    try:
-        supported = _in_order(SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or ""))
-    except metadata.PackageNotFoundError:
-        supported = ""
-    return _judged("Python", "python", supported)
 
 
 def _gpus() -> list[Component]:
