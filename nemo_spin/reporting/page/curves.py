@@ -16,11 +16,6 @@ SMOOTHED_FROM = 100  # points from which a curve is drawn as means, over its poi
 _MARKERS_UP_TO = 40  # points
 _MEANS_PER_ITERATION = 40
 _MEAN_POINTS = 400
-
-# metrics that go on from one iteration to the next; the others begin anew
-_RUN_ON = {"val_loss", "rollout/length", "throughput/rollout_tokens_per_second"} | {
-    f"equilibrium/{name}" for name in ("logps_gap", "accuracy", "exact_match", "token_overlap")
-}
 _DASHES = ("solid", "dash", "dot", "dashdot")  # the curves differ also where there are no colours
 
 
@@ -33,7 +28,7 @@ def draw(spec: Spec, run: Run) -> Figure | None:
         series = run.history.series(metric)
         if not len(series):
             continue
-        traces += _traces(metric, series, number, spec.smooth)
+        traces += _traces(metric, series, number, spec)
         if spec.errors and number == 0:
             errors = dict(run.history.series(spec.errors).finite())
             array = [errors.get(step, 0.0) for step in traces[-1]["x"]]
@@ -54,14 +49,16 @@ def draw(spec: Spec, run: Run) -> Figure | None:
 
 def _level(spec: Spec, run: Run) -> tuple[float, str] | None:
     """(value, label) of the line that marks a level."""
-    return getattr(run, spec.level) if isinstance(spec.level, str) else None if spec.level is None else (spec.level, "")
+    if isinstance(spec.level, str):
+        return getattr(run, spec.level)
+    return None if spec.level is None else (spec.level, "")
 
 
-def _traces(metric: str, series: Series, number: int, smooth: bool) -> Iterator[dict[str, Any]]:
+def _traces(metric: str, series: Series, number: int, spec: Spec) -> Iterator[dict[str, Any]]:
     color, dash = COLORS[number], _DASHES[number]
     drawn = _thinned(series)
-    smoothed = smooth and len(series) >= SMOOTHED_FROM
-    steps, values = _points(drawn, metric in _RUN_ON)
+    smoothed = spec.smooth and len(series) >= SMOOTHED_FROM
+    steps, values = _points(drawn, metric in spec.continuous)
     few = len(series) <= _MARKERS_UP_TO
     yield {
         "type": "scatter",
@@ -79,7 +76,7 @@ def _traces(metric: str, series: Series, number: int, smooth: bool) -> Iterator[
     }
     if smoothed:
         means = _means(series)
-        steps, values = _points(means, metric in _RUN_ON)
+        steps, values = _points(means, metric in spec.continuous)
         yield {
             "type": "scatter",
             "name": f"{metric}, mean",

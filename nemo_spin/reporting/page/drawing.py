@@ -23,6 +23,7 @@ class Spec:
     bars: str | None = None
     level: float | str | None = None
     smooth: bool = False
+    continuous: Sequence[str] = ()
     errors: str | None = None
 
 
