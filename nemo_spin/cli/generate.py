@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -107,7 +108,8 @@ def _config(options: argparse.Namespace) -> Any:
     sampling, records = parse_sampling(Options(values)), record_options(options)
     from nemo_spin.commands.generate import GenerateConfig
 
-    named = {name: getattr(options, name) for name in GenerateConfig.__slots__ if hasattr(options, name)}
+    # Most fields have the name of their option.
+    named = {field.name: getattr(options, field.name) for field in fields(GenerateConfig) if field.name in options}
     return GenerateConfig(
         **named,
         model=model_options(options),
