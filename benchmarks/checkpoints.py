@@ -19,7 +19,7 @@ from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import nemo_spin.cli.quiet  # noqa: F401, I001
+import nemo_spin.cli.silence_libraries  # noqa: F401, I001
 
 import workload
 

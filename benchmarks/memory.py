@@ -58,7 +58,7 @@ def peak_allocated(step: Callable[[], object]) -> int:
 
 
 def measure(step: str, threads: int) -> dict[str, int]:
-    import nemo_spin.cli.quiet  # noqa: F401, I001
+    import nemo_spin.cli.silence_libraries  # noqa: F401, I001
 
     import torch
     import workload

@@ -20,7 +20,7 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import nemo_spin.cli.quiet  # noqa: F401, I001
+import nemo_spin.cli.silence_libraries  # noqa: F401, I001
 
 import torch
 import torch.distributed as dist

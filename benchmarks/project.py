@@ -16,7 +16,7 @@ from cost_model import Iteration, IterationCost, Layout, Link, Machine, Shape, i
 from llama import llama
 from omegaconf import OmegaConf
 
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.commands.memory_estimate import MemoryEstimate, estimate
 from nemo_spin.config import SpinConfig, config_dir, parse_config, register_resolvers
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 # isort: split
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.selfplay.step import spin_step
 
 # isort: split

@@ -28,7 +28,7 @@ import torch
 import workload
 from transformers import LlamaForCausalLM
 
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.data.example import Example
 from nemo_spin.megatron import setup, steps
 from nemo_spin.megatron.optimizer import Optimizer

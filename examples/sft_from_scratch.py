@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.cli.launch import guarded
 
 

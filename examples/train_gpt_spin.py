@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.cli.train import run_hydra, run_training
 
 if TYPE_CHECKING:

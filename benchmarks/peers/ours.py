@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import nemo_spin.cli.quiet  # noqa: F401, I001
+import nemo_spin.cli.silence_libraries  # noqa: F401, I001
 
 import torch
 import workloads

@@ -21,7 +21,7 @@ from llama import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.config import OptimConfig, SchedConfig
 from nemo_spin.data.example import Example
 from nemo_spin.megatron import setup, steps

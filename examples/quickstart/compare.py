@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.cli.launch import guarded
 
 if TYPE_CHECKING:

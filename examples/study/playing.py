@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from starting_models import let_go_of
 
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.config import SpinConfig, config_dir, parse_config
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.model import MegatronGPTSPINModel

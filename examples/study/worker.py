@@ -32,7 +32,7 @@ def work(jobs: Connection, output: Path, scale: str, gsm8k: Path | None, threads
     import torch
 
     torch.set_num_threads(threads)
-    import nemo_spin.cli.quiet  # noqa: F401
+    import nemo_spin.cli.silence_libraries  # noqa: F401
 
     laboratory = Laboratory(output, scale, gsm8k)
     while (job := jobs.recv()) is not None:

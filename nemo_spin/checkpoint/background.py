@@ -1,21 +1,30 @@
-"""A checkpoint on its way to disk: every process writes its part in a thread, the first one makes the whole of them."""
+"""A checkpoint on its way to disk: every process writes its part in a thread, the first one makes the whole of them.
+
+Collectives belong to the main thread alone. These threads talk over the store by which the process group was made: it
+needs no collective, and no disk, which may be what has failed.
+"""
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nemo_spin.checkpoint.channel import Channel
 from nemo_spin.checkpoint.manifest import Digest, digest_of
 from nemo_spin.model_io.stores.sharded import ShardWriter
 from nemo_spin.runtime.kill_points import reached
+
+_PAUSE = 0.01, 0.5  # seconds between two looks at the store: the first, and the longest
+_MOST_STEPS_TO_RETRY = 64
 
 
 @dataclass(frozen=True)
@@ -45,17 +54,22 @@ class Saving:
 
     def __init__(
         self,
-        channel: Channel,
+        name: str,
         unfinished: Path,
         writer: ShardWriter,
         publish: Callable[[Sequence[Part]], Outcome],
         explain: Callable[[int, OSError], str],
     ) -> None:
-        """unfinished: the directory to write to, removed if it cannot be. publish: makes the checkpoint of the parts of
-        all processes, on the first one. explain: (rank, error) as words, for `Outcome.error`.
+        """
+        Args:
+            name: of the conversation about it: the same on every process, and not used before.
+            unfinished: the directory to write to, removed if it cannot be.
+            publish: makes the checkpoint of the parts of all processes, on the first one.
+            explain: (rank, error) as words, for `Outcome.error`.
         """
         self.outcome: Outcome | None = None
-        self._channel = channel
+        self._store = dist.PrefixStore(f"nemo_spin/{name}", dist.distributed_c10d._get_default_store().clone())
+        self._is_given_up = False
         self.unfinished = unfinished
         self._writer = writer
         self._publish = publish
@@ -80,16 +94,16 @@ class Saving:
     def give_up(self, seconds: float) -> None:
         """Wait so long for the other processes, which may be gone, and no longer."""
         self._thread.join(seconds)
-        self._channel.is_given_up = True
+        self._is_given_up = True
 
     def _run(self) -> None:
         rank = dist.get_rank()
         try:
-            self._channel.put(f"part {rank}", self._part())
+            self._put(f"part {rank}", self._part())
             if rank == 0:
-                parts = [self._channel.take(f"part {other}") for other in range(dist.get_world_size())]
-                self._channel.put("outcome", self._conclude(parts))
-            self.outcome = self._channel.get("outcome")
+                parts = [self._take(f"part {other}") for other in range(dist.get_world_size())]
+                self._put("outcome", self._conclude(parts))
+            self.outcome = self._get("outcome")
         except Exception:
             # Nobody waits any more, or the store is gone with its process: what the others wrote is of no use.
             self.outcome = None
@@ -118,6 +132,52 @@ class Saving:
         except Exception:
             return Outcome(bug=traceback.format_exc())
 
+    def _put(self, key: str, value: Any) -> None:
+        self._store.set(key, pickle.dumps(value))
+
+    def _get(self, key: str) -> Any:
+        """Wait for the value. Raises InterruptedError when this process has given up."""
+        pause, longest = _PAUSE
+        while not self._store.check([key]):
+            if self._is_given_up:
+                raise InterruptedError
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+        return pickle.loads(self._store.get(key))
+
+    def _take(self, key: str) -> Any:
+        """As `_get`, and free the memory that the store needs for it."""
+        value = self._get(key)
+        self._store.delete_key(key)
+        return value
+
     def _failed(self, rank: int, error: OSError) -> Outcome:
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return Outcome(error=self._explain(rank, error))
+
+
+class Retries:
+    """When a checkpoint that could not be written is tried again.
+
+    It counts steps, so that every process decides alike: the first time after one step, then after 2, 4, ... 64.
+    """
+
+    def __init__(self) -> None:
+        self._wait = 0
+        self._due_at: int | None = None
+
+    @property
+    def is_failing(self) -> bool:
+        return self._due_at is not None
+
+    def failed(self, step: int) -> int:
+        """Writing failed; `step` has been made since. Returns after how many steps it is tried again."""
+        self._wait = min(2 * self._wait, _MOST_STEPS_TO_RETRY) or 1
+        self._due_at = step + self._wait
+        return self._wait
+
+    def succeeded(self) -> None:
+        self._wait, self._due_at = 0, None
+
+    def is_due(self, step: int) -> bool:
+        return self._due_at is not None and step >= self._due_at

@@ -32,12 +32,10 @@ from typing import Any, Protocol
 from megatron.core import dist_checkpointing
 
 from nemo_spin.checkpoint import publishing
-from nemo_spin.checkpoint.background import Outcome, Part, Saving
-from nemo_spin.checkpoint.channel import Channel
+from nemo_spin.checkpoint.background import Outcome, Part, Retries, Saving
 from nemo_spin.checkpoint.manifest import faults_of, read_manifest
 from nemo_spin.checkpoint.own_pickles import check_pickles
 from nemo_spin.checkpoint.retention import Retention
-from nemo_spin.checkpoint.retries import Retries
 from nemo_spin.checkpoint.run_state import RunState, Stored, pointed_at, stored_in
 from nemo_spin.config import CheckpointConfig
 from nemo_spin.errors import CheckpointError, UserError
@@ -142,8 +140,8 @@ class TrainingCheckpoints:
         def publish(parts: Sequence[Part]) -> Outcome:
             return publishing.publish(unfinished, writer, parts, state, self._retention, with_reference, keep)
 
-        channel = Channel(of_first(lambda: uuid.uuid4().hex))
-        self._saving = Saving(channel, unfinished, writer, publish, self._explain)
+        name = of_first(lambda: uuid.uuid4().hex)
+        self._saving = Saving(name, unfinished, writer, publish, self._explain)
         if last or not self._asynchronous:
             self.settle(step, wait=True, last=last)
 

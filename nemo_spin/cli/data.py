@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_spin.cli.options import add_record_options, record_options
-from nemo_spin.config.dataset import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
+from nemo_spin.cli.options import add_bad_record_option, add_record_options, record_options
+from nemo_spin.config.dataset import OVERLONG, TRUNCATION_METHODS
 from nemo_spin.errors import ConfigError
+
+# Those that `load_dataset` knows by the same names, beside how a record is read.
+_LOAD_OPTIONS = ("overlong", "truncation_field", "truncation_method", "on_bad_record", "cache_dir")
 
 
 def add_parser(commands: Any) -> None:
@@ -32,12 +35,7 @@ def add_parser(commands: Any) -> None:
     add("--overlong", choices=OVERLONG, default="refuse", help="what becomes of longer examples (default refuse)")
     add("--truncation-field", metavar="FIELD[,FIELD]", help="fields of the template that truncate may cut")
     add("--truncation-method", choices=TRUNCATION_METHODS, default="right", help="which end is cut (default right)")
-    add(
-        "--on-bad-record",
-        choices=ON_BAD_RECORD,
-        default="error",
-        help="what becomes of unusable records (default error)",
-    )
+    add_bad_record_option(parser)
     add("--cache-dir", metavar="DIR", help="for the tokenized data (default: nemo_spin in the user's cache)")
     add("--examples", type=int, default=3, metavar="N", help="examples to show (default 3)")
     parser.set_defaults(run=_run)
@@ -54,12 +52,5 @@ def _run(options: argparse.Namespace) -> int:
         tokenizer_path=options.tokenizer,
         max_seq_length=options.max_seq_length,
         num_examples=options.examples,
-        load_options={
-            **record_options(options),
-            "overlong": options.overlong,
-            "truncation_field": options.truncation_field,
-            "truncation_method": options.truncation_method,
-            "on_bad_record": options.on_bad_record,
-            "cache_dir": options.cache_dir,
-        },
+        load_options=record_options(options) | {name: getattr(options, name) for name in _LOAD_OPTIONS},
     )

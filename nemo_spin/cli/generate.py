@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
-from nemo_spin.cli.options import add_model_options, add_record_options, record_options, run_in_parallel
-from nemo_spin.config.dataset import ON_BAD_RECORD
+from nemo_spin.cli.options import (
+    add_bad_record_option,
+    add_model_options,
+    add_record_options,
+    model_options,
+    record_options,
+    run_in_parallel,
+)
 from nemo_spin.errors import ConfigError
 
 # Least values; those of sampling are checked as a configuration's are.
@@ -58,29 +66,15 @@ def add_parser(commands: Any) -> None:
         help=r"texts that end a response, beside the stop tokens, such as '\nUser:'",
     )
     add_record_options(parser)
-    add(
-        "--on-bad-record",
-        choices=ON_BAD_RECORD,
-        default="error",
-        help="what becomes of unusable records (default error)",
-    )
+    add_bad_record_option(parser)
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     cfg = _config(options)
+    from nemo_spin.commands.generate import generate, preflight
 
-    def check() -> object:
-        from nemo_spin.commands.generate import preflight
-
-        return preflight(cfg)
-
-    def work() -> None:
-        from nemo_spin.commands.generate import generate
-
-        generate(cfg)
-
-    return run_in_parallel(options, work, check)
+    return run_in_parallel(options, partial(generate, cfg), partial(preflight, cfg))
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -102,7 +96,6 @@ def _config(options: argparse.Namespace) -> Any:
     from nemo_spin.config import LengthParams, parse_sampling
     from nemo_spin.config.prompt_template import unescape
     from nemo_spin.config.values import Section
-    from nemo_spin.model_io.tokenizers.description import override_from_path
 
     class Options(Section):
         def error(self, key: str, what_to_do: str) -> ConfigError:
@@ -112,26 +105,15 @@ def _config(options: argparse.Namespace) -> Any:
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     values = {name: getattr(options, name) for name in names}
     values |= {"use_greedy": options.greedy, "end_strings": [unescape(text) for text in options.end_string]}
-    sampling = parse_sampling(Options(values))
-    records = record_options(options)
+    sampling, records = parse_sampling(Options(values)), record_options(options)
     from nemo_spin.commands.generate import GenerateConfig
 
+    # Most fields have the name of their option.
+    named = {field.name: getattr(options, field.name) for field in fields(GenerateConfig) if field.name in options}
     return GenerateConfig(
-        checkpoint=options.checkpoint,
-        tokenizer=override_from_path(options.tokenizer),
-        prompts=options.prompts,
-        output=options.output,
-        tensor_model_parallel_size=options.tp,
-        pipeline_model_parallel_size=options.pp,
-        precision=options.precision,
-        rollout_batch_size=options.rollout_batch_size,
-        micro_batch_size=options.micro_batch_size,
-        num_samples=options.num_samples,
-        seed=options.seed,
-        iteration=options.iteration,
+        **named,
+        model=model_options(options),
         sampling=sampling,
         lengths=LengthParams(max_length=options.max_new_tokens or 0, min_length=options.min_new_tokens),
         record_options=records,
-        on_bad_record=options.on_bad_record,
-        overwrite=options.overwrite,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 from nemo_spin.errors import EXIT_CODE
@@ -20,8 +21,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nemo_spin.commands.inspect import as_json, as_text, inspect_checkpoint
+    from nemo_spin.commands.inspect import as_text, inspect_checkpoint
 
     found = inspect_checkpoint(options.checkpoint)
-    print(as_json(found) if options.json else as_text(found))
+    print(json.dumps(found, indent=2) if options.json else as_text(found))
     return EXIT_CODE if found["architecture"] is None else 0

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-import nemo_spin.cli.quiet  # noqa: F401
+import nemo_spin.cli.silence_libraries  # noqa: F401
 from nemo_spin.cli import convert, data, doctor, generate, inspect, report, score, train
 
 COMMANDS = (train, data, generate, score, report, inspect, convert, doctor)

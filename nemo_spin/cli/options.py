@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from nemo_spin.config.dataset import ON_BAD_RECORD
 from nemo_spin.errors import ConfigError
 
 
@@ -28,6 +29,23 @@ def add_model_options(parser: argparse.ArgumentParser, micro_batch_help: str) ->
     add("--precision", choices=["32", "bf16"], default="32", help="of the computation (default 32)")
     add("--micro-batch-size", type=int, default=8, metavar="N", help=f"{micro_batch_help} (default 8)")
     add("--accelerator", choices=["auto", "gpu", "cpu"], default="auto", help="(default auto: GPUs if there are any)")
+
+
+def model_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_model_options` asked for, as `MegatronGPTSPINModel.restore_from` takes it. Raises ConfigError."""
+    from nemo_spin.model_io.tokenizers.description import override_from_path
+
+    return {
+        "precision": options.precision,
+        "tensor_model_parallel_size": options.tp,
+        "pipeline_model_parallel_size": options.pp,
+        "tokenizer": override_from_path(options.tokenizer),
+    }
+
+
+def add_bad_record_option(parser: argparse.ArgumentParser) -> None:
+    words = "what becomes of unusable records (default error)"
+    parser.add_argument("--on-bad-record", choices=ON_BAD_RECORD, default="error", help=words)
 
 
 def add_record_options(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nemo_spin.cli.options import add_model_options, add_record_options, record_options, run_in_parallel
+from nemo_spin.cli.options import add_model_options, add_record_options, model_options, record_options, run_in_parallel
 
 
 def add_parser(commands: Any) -> None:
@@ -23,16 +23,12 @@ def add_parser(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     def work() -> None:
         from nemo_spin.commands.score import score
-        from nemo_spin.model_io.tokenizers.description import override_from_path
 
         score(
             checkpoint=options.checkpoint,
-            tokenizer=override_from_path(options.tokenizer),
+            model_options=model_options(options),
             data=options.data,
             output=options.output,
-            tensor_model_parallel_size=options.tp,
-            pipeline_model_parallel_size=options.pp,
-            precision=options.precision,
             micro_batch_size=options.micro_batch_size,
             record_options=record_options(options),
         )

@@ -74,21 +74,10 @@ def _tokenizer(checkpoint: str | None, tokenizer_path: str | None) -> tuple[Text
 
 def _summary(report: LoadReport) -> Iterator[str]:
     total = report.read + report.skipped_count
-    yield f"{printable(report.path)}: {total:,} records, {report.kept:,} of them used"
-    for kind, count in report.formats.items():
-        yield f"  {count:,} in the format {kind}"
-    if report.truncated.count:
-        yield f"  {report.truncated.count:,} truncated to {report.max_seq_length:,} tokens: {report.truncated.where()}"
-    if report.cut_rejected:
-        yield f"  {report.cut_rejected:,} with a given rejected response that is cut off"
-    if report.dropped.count:
-        yield (
-            f"  {report.dropped.count:,} left out because they are longer than {report.max_seq_length:,} tokens "
-            f"({report.dropped_prompt:,} by their prompt alone, the longest {report.longest:,}): "
-            f"{report.dropped.where()}"
-        )
-    for reason, noted in report.skipped.items():
-        yield f"  {noted.count:,} left out because {reason}: {noted.where()}"
+    longest = f", the longest of {report.longest:,} tokens" if report.read else ""
+    yield f"{printable(report.path)}: {total:,} records, {report.kept:,} of them used{longest}"
+    yield from (f"  {count:,} in the format {kind}" for kind, count in report.formats.items())
+    yield from (f"  {loss}" for loss in report.losses())
 
 
 def _lengths(dataset: SFTDataset) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -50,13 +51,18 @@ class Component:
     says: str
 
 
+def _absent(name: str, says: str, is_wrong: bool = False) -> Component:
+    return Component(name, "absent", None, is_wrong, says)
+
+
 def components() -> list[Component]:
     """All of them, in the order in which they are best read."""
     requirements = _requirements()
+    python = _judged("Python", "python", requirements.pop("python", ""))
     shown = [_judged(name, distribution, requirements.get(distribution, "")) for distribution, name in _SHOWN.items()]
     others = [_judged(name, name, supported) for name, supported in requirements.items() if name not in _SHOWN]
     return [
-        _python(),
+        python,
         *shown,
         *_gpus(),
         _transformer_engine(),
@@ -83,19 +89,21 @@ def _judged(name: str, distribution: str, supported: str) -> Component:
     """Something that a run cannot do without."""
     version = platform.python_version() if name == "Python" else _version(distribution)
     if version is None:
-        return Component(name, "absent", None, True, f"no run without it: pip install '{distribution}{supported}'")
+        return _absent(name, f"no run without it: pip install '{distribution}{supported}'", is_wrong=True)
     state = state_of(version, supported)
     return Component(name, state, version, state == "too old", f"supported: {supported}" if supported else "")
 
 
 def _requirements() -> dict[str, str]:
-    """The packages that this one needs here, with the versions that it takes. Empty if it was not installed by pip."""
+    """Python and the packages that this one needs here, with the versions that it takes. Empty if it was not installed
+    by pip."""
     try:
         lines = metadata.requires(_OURS) or []
+        python = SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or "")
     except metadata.PackageNotFoundError:
         return {}
     needed = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return {canonicalize_name(one.name): _in_order(one.specifier) for one in needed}
+    return {"python": _in_order(python)} | {canonicalize_name(one.name): _in_order(one.specifier) for one in needed}
 
 
 def _in_order(specifiers: SpecifierSet) -> str:
@@ -110,42 +118,27 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _python() -> Component:
-    try:
-        supported = _in_order(SpecifierSet(metadata.metadata(_OURS)["Requires-Python"] or ""))
-    except metadata.PackageNotFoundError:
-        supported = ""
-    return _judged("Python", "python", supported)
-
-
 def _gpus() -> list[Component]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return [Component("CUDA", "absent", None, True, f"torch cannot be imported: {' '.join(str(error).split())}")]
+        return [_absent("CUDA", f"torch cannot be imported: {' '.join(str(error).split())}", is_wrong=True)]
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"
         return [
-            Component(
-                "CUDA",
-                "absent",
-                None,
-                False,
-                f"no GPU is found ({built}): runs take the CPU, which is for small models",
-            ),
-            Component("NCCL", "absent", None, False, "processes talk over gloo, as they do on CPUs"),
+            _absent("CUDA", f"no GPU is found ({built}): runs take the CPU, which is for small models"),
+            _absent("NCCL", "processes talk over gloo, as they do on CPUs"),
         ]
-    kinds: dict[str, int] = {}
-    for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        kind = f"{found.name}, {found.total_memory / _GIB:.0f} GiB, compute capability {found.major}.{found.minor}"
-        kinds[kind] = kinds.get(kind, 0) + 1
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    kinds = Counter(
+        f"{one.name}, {one.total_memory / _GIB:.0f} GiB, compute capability {one.major}.{one.minor}" for one in found
+    )
     says = "; ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         says += "; without bf16 in hardware: set trainer.precision=32"
     cuda = Component("CUDA", "ok", torch.version.cuda, False, says)
     if not torch.distributed.is_nccl_available():
-        return [cuda, Component("NCCL", "absent", None, True, "several GPUs need it: install a torch that has it")]
+        return [cuda, _absent("NCCL", "several GPUs need it: install a torch that has it", is_wrong=True)]
     return [cuda, Component("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())), False, "")]
 
 
@@ -153,9 +146,7 @@ def _transformer_engine() -> Component:
     name = "TransformerEngine"
     spec = find_spec("transformer_engine")
     if spec is None:
-        return Component(
-            name, "absent", None, False, "torch's attention and norms take its place: the same results, slower on GPUs"
-        )
+        return _absent(name, "torch's attention and norms take its place: the same results, slower on GPUs")
     version = _version("transformer-engine") or "unknown version"
     folders = [Path(folder) for folder in (*(spec.submodule_search_locations or ()), *sys.path)]
     if not any(any(folder.glob("transformer_engine_torch*")) for folder in folders):
@@ -171,11 +162,11 @@ def _apex() -> Component:
     says = "Adam and gradient norms come from TransformerEngine, or else from torch: the same results, slower steps"
     if find_spec("apex") is not None:
         says = f"the package apex is not NVIDIA's (it lacks amp_C) and is not used; {says}"
-    return Component("Apex", "absent", None, False, says)
+    return _absent("Apex", says)
 
 
 def _optional(name: str, distributions: tuple[str, ...], cost: str) -> Component:
     version = next(filter(None, map(_version, distributions)), None)
     if version is None:
-        return Component(name, "absent", None, False, f"{cost}: pip install {name}")
+        return _absent(name, f"{cost}: pip install {name}")
     return Component(name, "ok", version, False, "")

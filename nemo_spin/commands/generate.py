@@ -12,10 +12,10 @@ from itertools import islice
 from typing import Any
 
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_spin.commands.response_file import Found, check_output, find_responses, writing
+from nemo_spin.commands.restoring import restored
 from nemo_spin.config import LengthParams, SamplingParams
 from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.load_report import LoadReport
@@ -23,13 +23,13 @@ from nemo_spin.data.prompts import Prompt, read_prompts
 from nemo_spin.generation.end_strings import text_of_response
 from nemo_spin.generation.engine import Generator
 from nemo_spin.generation.interface import GenerationRequest
-from nemo_spin.megatron import setup
 from nemo_spin.megatron.architecture import check_layout
 from nemo_spin.megatron.steps import response_logps
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.model_io.fingerprint import fingerprint
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.model_io.tokenizers import check_tokenizer_fits, restore_tokenizer
+from nemo_spin.runtime import collectives
 
 # A chunk is generated, then scored, then written. In its end slots run empty; all of it is lost when the process ends.
 _SLOTS_FILLED_PER_CHUNK = 8
@@ -39,19 +39,16 @@ _SLOTS_FILLED_PER_CHUNK = 8
 class GenerateConfig:
     """What is asked for.
 
-    tokenizer: `model.tokenizer` of a configuration, empty for the checkpoint's own.
+    model: precision, layout and tokenizer, as `MegatronGPTSPINModel.restore_from` takes them.
     seed, iteration: as in training, whose rollouts these are then. num_samples: responses to each prompt.
     rollout_batch_size: responses decoded at a time. micro_batch_size: responses per forward pass when they are scored.
     record_options: for `RecordEncoder`. on_bad_record: "error" or "skip". overwrite: begin anew, whatever is there.
     """
 
     checkpoint: str
-    tokenizer: dict[str, str | None]
+    model: dict[str, Any]
     prompts: str
     output: str
-    tensor_model_parallel_size: int
-    pipeline_model_parallel_size: int
-    precision: str
     rollout_batch_size: int
     micro_batch_size: int
     num_samples: int
@@ -89,18 +86,20 @@ def preflight(cfg: GenerateConfig) -> Request:
     """
     check_output(cfg.output, cfg.prompts)
     with open_checkpoint(cfg.checkpoint) as source:
-        tokenizer = restore_tokenizer(source, cfg.tokenizer)
+        tokenizer = restore_tokenizer(source, cfg.model.get("tokenizer"))
         architecture = source.architecture(tokenizer.vocab_size)
     checkpoint = str(source.path)
     check_tokenizer_fits(tokenizer, architecture.vocab_rows, checkpoint)
-    check_layout(architecture, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, False)
+    check_layout(
+        architecture, cfg.model["tensor_model_parallel_size"], cfg.model["pipeline_model_parallel_size"], False
+    )
     encoder = RecordEncoder(tokenizer, **cfg.record_options)
     prompts, report = read_prompts(cfg.prompts, encoder, architecture.max_sequence_length, cfg.on_bad_record)
     stop_ids = encoder.stop_ids(report.formats)
     settings = {
         "checkpoint": os.path.abspath(checkpoint),
         "checkpoint_fingerprint": fingerprint(checkpoint),
-        "precision": cfg.precision,
+        "precision": cfg.model["precision"],
         "seed": cfg.seed,
         "iteration": cfg.iteration,
         "max_new_tokens": cfg.lengths.max_length,
@@ -120,7 +119,7 @@ def generate(cfg: GenerateConfig) -> None:
     sampling. Every process of the run calls it; it begins with `preflight`. Raises UserError.
     """
     request = preflight(cfg)
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = collectives.is_main()
     total, done = len(request.prompts) * cfg.num_samples, len(request.found.done)
     if is_main:
         if request.chosen:
@@ -130,18 +129,8 @@ def generate(cfg: GenerateConfig) -> None:
             print(f"{cfg.output}: {done} of {total} responses are there already", file=sys.stderr, flush=True)
     if done == total:
         return
-    setup.initialize(cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, seed=0)
-    try:
-        options = {
-            "precision": cfg.precision,
-            "tensor_model_parallel_size": cfg.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
-            "tokenizer": cfg.tokenizer,
-        }
-        model = MegatronGPTSPINModel.restore_from(request.checkpoint, override_config_path=OmegaConf.create(options))
+    with restored(request.checkpoint, cfg.model) as model:
         respond(model, cfg, request, is_main)
-    finally:
-        setup.shutdown()
 
 
 def respond(model: MegatronGPTSPINModel, cfg: GenerateConfig, request: Request, is_main: bool) -> None:

@@ -5,7 +5,6 @@ What keeps it from being used is a finding here, not an error: the rest is still
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -105,11 +104,6 @@ def _tokenizer(source: CheckpointSource, found: dict[str, Any]) -> NeMoTokenizer
         return None
     known |= {"vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     return tokenizer
-
-
-def as_json(found: dict[str, Any]) -> str:
-    """For machines."""
-    return json.dumps(found, indent=2)
 
 
 def as_text(found: dict[str, Any]) -> str:

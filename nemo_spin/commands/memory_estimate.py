@@ -14,11 +14,11 @@ from nemo_spin.generation.schedule import groups_wanted
 from nemo_spin.megatron.architecture import Architecture, layer_tensors, outer_tensors, parameter_count
 from nemo_spin.megatron.gpt import padded_vocab_rows
 from nemo_spin.megatron.logprobs import LOGITS_AT_A_TIME
+from nemo_spin.model_io.files import GIB
 
 if TYPE_CHECKING:
     from nemo_spin.config import SpinConfig
 
-_GIB = 2**30
 _BYTES = {"32": 4, "bf16": 2}
 # What every tensor-parallel rank holds whole; everything else is split.
 _NOT_SPLIT = ("norm", "linear_proj.bias", "linear_fc2.bias", "position_embeddings")
@@ -53,9 +53,9 @@ class MemoryEstimate:
     def __str__(self) -> str:
         return (
             f"{_count(self.parameters)} parameters, {_count(self.parameters_per_device)} per device; GiB per device: "
-            f"weights {self.weights / _GIB:.2f}, gradients {self.gradients / _GIB:.2f}, "
-            f"optimizer {self.optimizer / _GIB:.2f}, KV cache {self.kv_cache / _GIB:.2f}, "
-            f"activations about {self.activations / _GIB:.2f}; host {self.host / _GIB:.2f} per process"
+            f"weights {self.weights / GIB:.2f}, gradients {self.gradients / GIB:.2f}, "
+            f"optimizer {self.optimizer / GIB:.2f}, KV cache {self.kv_cache / GIB:.2f}, "
+            f"activations about {self.activations / GIB:.2f}; host {self.host / GIB:.2f} per process"
         )
 
 
@@ -82,7 +82,7 @@ def estimate(
 
     kv_cache = slots * capacity * kv_per_token
     if cfg.spin.kv_cache_gib is not None:
-        kv_cache = min(kv_cache, int(cfg.spin.kv_cache_gib * _GIB))
+        kv_cache = min(kv_cache, int(cfg.spin.kv_cache_gib * GIB))
 
     # Of every generation that is trained on: as it was made, and those of earlier iterations scored anew beside it.
     generations = cfg.spin.num_generations * (1 + cfg.spin.replay_iterations)
@@ -115,9 +115,9 @@ def check_fits(needs: MemoryEstimate, cfg: SpinConfig) -> None:
     if needs.kv_cache > needs.needed - available:
         remedies.append("lower model.spin.rollout_batch_size")
     raise ConfigError(
-        f"The run needs at least {needs.needed / _GIB:.1f} GiB on each {device} (weights {needs.weights / _GIB:.1f}, "
-        f"gradients {needs.gradients / _GIB:.1f}, optimizer {needs.optimizer / _GIB:.1f}, KV cache "
-        f"{needs.kv_cache / _GIB:.1f}), which has {available / _GIB:.1f}: {' or '.join(remedies)}."
+        f"The run needs at least {needs.needed / GIB:.1f} GiB on each {device} (weights {needs.weights / GIB:.1f}, "
+        f"gradients {needs.gradients / GIB:.1f}, optimizer {needs.optimizer / GIB:.1f}, KV cache "
+        f"{needs.kv_cache / GIB:.1f}), which has {available / GIB:.1f}: {' or '.join(remedies)}."
     )
 
 

@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_spin.data.prompts import Prompt
 from nemo_spin.errors import UserError
+from nemo_spin.runtime.files import written_whole
 
 ResponseKey = tuple[str | int | float, int]  # (id, sample)
 _REMEDY = "give the options of the first run to go on with it, another --output, or --overwrite to begin anew"
@@ -83,22 +84,18 @@ class ResponseWriter:
 
     def __init__(self, path: Path, size: int) -> None:
         """size: bytes of the file that stay."""
-        self._path = path
         # Unbuffered: a line is in the file when `append` returns, whatever happens to this process then.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._lock()
-        self._file.truncate(size)
-        self._size = size
-
-    def _lock(self) -> None:
-        """Until `close`; a job that was queued again may begin before its predecessor has ended."""
+        # Until `close`; a job that was queued again may begin before its predecessor has ended.
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise UserError(f"{self._path} is being written by another run: wait for it, or end it.") from None
+            raise UserError(f"{path} is being written by another run: wait for it, or end it.") from None
         except OSError:
             pass  # a file system without locks
+        self._file.truncate(size)
+        self._size = size
 
     def append(self, response: Mapping[str, Any]) -> None:
         rest = memoryview(json.dumps(response, ensure_ascii=False).encode() + b"\n")
@@ -125,12 +122,9 @@ def writing(
     """
     path = Path(output)
     try:
-        writer = ResponseWriter(path, found.size)
-        try:
+        with closing(ResponseWriter(path, found.size)) as writer:
             _write_settings(path, settings, prompts)
             yield writer
-        finally:
-            writer.close()
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): make room, and run the same command again to go on."
@@ -143,13 +137,8 @@ def settings_path(output: str | Path) -> Path:
 
 def _write_settings(path: Path, settings: Mapping[str, Any], prompts: Sequence[Prompt]) -> None:
     values = {**settings, "prompts": {"count": len(prompts), "sha256": _digest(prompts)}}
-    target = settings_path(path)
-    unfinished = target.with_name(f".unfinished-{target.name}")
-    try:
-        unfinished.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with written_whole(settings_path(path)) as file:
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

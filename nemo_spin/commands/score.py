@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +10,17 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from nemo_spin.commands.restoring import restored
 from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError, UserError
-from nemo_spin.megatron import setup
 from nemo_spin.megatron.steps import response_logps
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.model_io.open import open_checkpoint
 from nemo_spin.runtime.collectives import is_main
+from nemo_spin.runtime.files import written_whole
 
 # Lines that are sorted by length together and held in memory.
 _CHUNK = 4096
@@ -29,18 +28,15 @@ _CHUNK = 4096
 
 def score(
     checkpoint: str,
-    tokenizer: dict[str, str | None],
+    model_options: dict[str, Any],
     data: str,
     output: str,
-    tensor_model_parallel_size: int,
-    pipeline_model_parallel_size: int,
-    precision: str,
     micro_batch_size: int,
     record_options: dict[str, Any],
 ) -> None:
     """Write {"logp", "num_tokens", "token_logps"} for each line of `data`, in its order, in nats.
 
-    tokenizer: `model.tokenizer` of a configuration, empty for the checkpoint's own.
+    model_options: precision, layout and tokenizer, as `MegatronGPTSPINModel.restore_from` takes them.
     A line holds text, a conversation, or {"prompt_ids", "response_ids"}; record_options: how it is read (see
     `RecordEncoder`). Every process of the run calls it. The output appears when it is whole. Raises UserError.
     """
@@ -49,15 +45,7 @@ def score(
     with open_checkpoint(checkpoint) as source:
         if source.chosen and main:
             print(f"{checkpoint}: {source.chosen}", file=sys.stderr)
-    setup.initialize(tensor_model_parallel_size, pipeline_model_parallel_size, seed=0)
-    try:
-        options = {
-            "precision": precision,
-            "tensor_model_parallel_size": tensor_model_parallel_size,
-            "pipeline_model_parallel_size": pipeline_model_parallel_size,
-            "tokenizer": tokenizer,
-        }
-        model = MegatronGPTSPINModel.restore_from(str(source.path), override_config_path=OmegaConf.create(options))
+    with restored(str(source.path), model_options) as model:
         encoder = RecordEncoder(model.tokenizer, **record_options)
         # All lines are checked before the first is scored.
         lines = [_encode(encoder, record, where, model) for where, record in read_records(data)]
@@ -70,8 +58,6 @@ def score(
                     scored = {"logp": sum(values), "num_tokens": len(values), "token_logps": values}
                     if file is not None:
                         file.write(json.dumps(scored) + "\n")
-    finally:
-        setup.shutdown()
 
 
 def _encode(
@@ -104,12 +90,8 @@ def _whole_file(path: Path, write: bool) -> Iterator[IO[str] | None]:
     if not write:
         yield None
         return
-    unfinished = path.with_name(f".unfinished-{path.name}")
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with written_whole(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             yield file
-        os.replace(unfinished, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): make room or choose another --output.") from None
-    finally:
-        unfinished.unlink(missing_ok=True)

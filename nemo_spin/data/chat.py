@@ -9,7 +9,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 from nemo_spin.data.tokenizer import TextTokenizer, encode_after, encode_in_two
-from nemo_spin.data.values import answer_of, kind_of, text_of
+from nemo_spin.data.values import answer_of, kind_of, located, text_of
 from nemo_spin.errors import DataError
 
 _ROLES = ("system", "user", "assistant")
@@ -67,18 +67,14 @@ class ChatFormat:
         return self.tokenizer.encode(self._render(asked, where, add_generation_prompt=True))
 
     def _render(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool) -> str:
-        try:
+        with located(where):
             text = self.tokenizer.render_chat(messages, add_generation_prompt)
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
         # a template may use more of a message than its role and content
         return text_of(text, "what the chat template makes of the messages", where)
 
     def _in_two(self, prompt: str, response: str, where: str) -> tuple[list[int], list[int]]:
-        try:
+        with located(where):
             end = self.end_of_turn
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
         if end is None or end.text not in response:
             prompt_ids, response_ids = encode_in_two(self.tokenizer, prompt, response)
             return prompt_ids, [*response_ids, self.tokenizer.eos_id]

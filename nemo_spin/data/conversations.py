@@ -19,7 +19,7 @@ from typing import Any
 
 from nemo_spin.config.dataset import ChatPromptTokens
 from nemo_spin.data.tokenizer import TextTokenizer, encode_in_two
-from nemo_spin.data.values import answer_of, kind_of, text_of
+from nemo_spin.data.values import answer_of, kind_of, located, text_of
 from nemo_spin.errors import DataError
 
 _TYPES = (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE")
@@ -63,7 +63,8 @@ class ConversationFormat:
                 f"{where}: the last turn is from {last['from']!r}, whom 'mask' leaves out of the training: "
                 "a conversation must end with a response"
             )
-        self._check_stop(where)
+        with located(where):
+            _ = self.stop_id
         if conversation.type == "TEXT_TO_VALUE":
             answer = answer_of(last.get("label"), f"{name}['label']", where) + self.tokens.end_of_name
         else:
@@ -78,7 +79,8 @@ class ConversationFormat:
         Raises DataError.
         """
         conversation = _parse(record, where)
-        self._check_stop(where)
+        with located(where):
+            _ = self.stop_id
         if conversation.turns[-1]["from"] != conversation.mask:
             return self.tokenizer.encode(self._prompt(conversation))
         others = [turn["from"] for turn in conversation.turns if turn["from"] != conversation.mask]
@@ -86,12 +88,6 @@ class ConversationFormat:
         turns = [*conversation.turns, answering]
         asked = _Conversation(turns, conversation.system, conversation.mask, conversation.type)
         return self.tokenizer.encode(self._prompt(asked))
-
-    def _check_stop(self, where: str) -> None:
-        try:
-            _ = self.stop_id
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from None
 
     def _prompt(self, conversation: _Conversation) -> str:
         """The text up to the response, which is the last turn's."""

@@ -53,10 +53,6 @@ class Encoded:
     kind: str
     cut: int = 0
 
-    @property
-    def is_chat(self) -> bool:
-        return self.kind in (MESSAGES, PAIRS, CONVERSATIONS)
-
 
 class RecordEncoder:
     """Records to token ids, with one tokenizer and one set of options."""

@@ -6,7 +6,6 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from os import PathLike
 from reprlib import repr as shortened
 from typing import Any, BinaryIO
@@ -34,22 +33,21 @@ def read_jsonl(path: str | PathLike[str], on_bad: BadRecord | None = None) -> It
     readable, or holds no line.
     """
     found = False
-    with _lines(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-            if not line.strip() and len(line) <= MAX_RECORD_BYTES:
-                continue
-            found = True
-            where = f"{path}:{number}"
-            try:
-                record = _parse(line, where)
-            except DataError as error:
-                if on_bad is None:
-                    raise
-                on_bad(where, error)
-            else:
-                yield number, record
+    for number, line in enumerate(_lines(path), start=1):
+        if number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        if not line.strip() and len(line) <= MAX_RECORD_BYTES:
+            continue
+        found = True
+        where = f"{path}:{number}"
+        try:
+            record = _parse(line, where)
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(where, error)
+        else:
+            yield number, record
     if not found:
         raise DataError(f"data file {path} is empty: it needs one JSON object per line")
 
@@ -64,45 +62,30 @@ def check_is_file(path: str | PathLike[str]) -> None:
         raise DataError(f"data file {path} is not a file but a pipe or a device: write its content to a file")
 
 
-@contextmanager
-def _lines(path: str | PathLike[str]) -> Iterator[Iterator[bytes]]:
-    """The file's lines. Errors of reading, which come while they are consumed, become DataErrors."""
+def _lines(path: str | PathLike[str]) -> Iterator[bytes]:
+    """The file's lines with their line breaks. Of one that is too long it yields a byte more than is allowed, and
+    leaves out the rest."""
+    compression = None
     with _open(path) as file:
-        name, reader = _reader(file, path)
-        yield _reported(reader, path, name)
-
-
-def _reported(reader: BinaryIO, path: str | PathLike[str], compression: str | None) -> Iterator[bytes]:
-    try:
-        yield from _limited(reader)
-    except DAMAGE as error:
-        if compression is None:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"data file {path} cannot be read ({reason}): check the disk") from error
-        raise DataError(
-            f"data file {path} is damaged ({compression}: {one_line(error)}): copy or compress it again"
-        ) from None
-
-
-def _limited(reader: BinaryIO) -> Iterator[bytes]:
-    """Lines with their line breaks; of one that is too long, a byte more than is allowed, and the rest is left out."""
-    while line := reader.readline(MAX_RECORD_BYTES + 1):
-        rest = line
-        while len(line) > MAX_RECORD_BYTES and rest and not rest.endswith(b"\n"):
-            rest = reader.readline(_CHUNK)
-        yield line
-
-
-def _reader(file: BinaryIO, path: str | PathLike[str]) -> tuple[str | None, BinaryIO]:
-    try:
-        head = file.read(8)
-        file.seek(0)
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read ({error.strerror}): check the disk") from error
-    for magic, kind in _OTHER_KINDS.items():
-        if head.startswith(magic):
-            raise DataError(f"data file {path} is {kind}: give JSONL, compressed JSONL or parquet")
-    return decompressed(file, head, path)
+        try:
+            head = file.read(8)
+            file.seek(0)
+            for magic, kind in _OTHER_KINDS.items():
+                if head.startswith(magic):
+                    raise DataError(f"data file {path} is {kind}: give JSONL, compressed JSONL or parquet")
+            compression, reader = decompressed(file, head, path)
+            while line := reader.readline(MAX_RECORD_BYTES + 1):
+                rest = line
+                while len(line) > MAX_RECORD_BYTES and rest and not rest.endswith(b"\n"):
+                    rest = reader.readline(_CHUNK)
+                yield line
+        except DAMAGE as error:
+            if compression is None:
+                reason = getattr(error, "strerror", None) or error
+                raise DataError(f"data file {path} cannot be read ({reason}): check the disk") from error
+            raise DataError(
+                f"data file {path} is damaged ({compression}: {one_line(error)}): copy or compress it again"
+            ) from None
 
 
 def _open(path: str | PathLike[str]) -> BinaryIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,10 +63,6 @@ class LoadReport:
         return self.read - self.dropped.count
 
     @property
-    def dropped_response(self) -> int:
-        return self.dropped.count - self.dropped_prompt
-
-    @property
     def skipped_count(self) -> int:
         return sum(noted.count for noted in self.skipped.values())
 
@@ -106,20 +103,26 @@ class LoadReport:
                 f"the longest {self.longest}: raise max_seq_length or shorten the data"
             )
 
-    def __str__(self) -> str:
-        line = f"{self.path}: read {self.read} examples, longest {self.longest} tokens"
+    def losses(self) -> Iterator[str]:
+        """What was left out or cut, and where, a clause each."""
         if self.dropped.count:
-            line += (
-                f"; kept {self.kept}, dropped {self.dropped.count} longer than {self.max_seq_length} "
-                f"({self.dropped_prompt} by their prompt alone, {self.dropped_response} with their response)"
+            with_response = self.dropped.count - self.dropped_prompt
+            yield (
+                f"dropped {self.dropped.count} longer than {self.max_seq_length} tokens ({self.dropped_prompt} by "
+                f"their prompt alone, {with_response} with their response; {self.dropped.where()})"
             )
         if self.truncated.count:
-            line += f"; cut {self.truncated.count} to {self.max_seq_length} ({self.truncated.where()})"
+            yield f"cut {self.truncated.count} to {self.max_seq_length} tokens ({self.truncated.where()})"
         if self.cut_rejected:
-            line += f"; cut {self.cut_rejected} of the given rejected responses"
+            yield f"cut {self.cut_rejected} of the given rejected responses"
         for reason, noted in self.skipped.items():
-            line += f"; skipped {noted.count}: {reason} ({noted.where()})"
-        return line
+            yield f"skipped {noted.count}: {reason} ({noted.where()})"
+
+    def __str__(self) -> str:
+        kept = f", kept {self.kept}" if self.dropped.count else ""
+        return "; ".join(
+            [f"{self.path}: read {self.read} examples{kept}, longest {self.longest} tokens", *self.losses()]
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from reprlib import repr as shortened
 from typing import Any
 
 from nemo_spin.errors import DataError
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Around checks that do not know the record: a DataError from inside begins with `where` it is."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def text_of(value: Any, what: str, where: str) -> str:

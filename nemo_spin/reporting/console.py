@@ -41,7 +41,7 @@ class Reporter:
     def __init__(self, is_main: bool, log: MetricsLog | None = None) -> None:
         """log: where metrics go, on the one process that writes them."""
         self.is_main = is_main
-        self._log = log
+        self._log = log or MetricsLog()  # which has nowhere to write to
         self.rows: list[dict[str, Any]] = []
         self._bar: Any = None
 
@@ -67,19 +67,16 @@ class Reporter:
 
     def log(self, kind: str, progress: Progress, metrics: dict[str, float], **position: int) -> None:
         """Write metrics to the log; see `MetricsLog.write`."""
-        if self._log is not None:
-            self._log.write(kind, progress, metrics, **position)
+        self._log.write(kind, progress, metrics, **position)
 
     def end(self, progress: Progress, reason: str) -> None:
         """Write to the log that the run is at its end. reason: why before its last step, empty where it is not."""
-        if self._log is not None:
-            self._log.write_text("end", progress, {"reason": reason} if reason else {})
+        self._log.write_text("end", progress, {"reason": reason} if reason else {})
 
     def warn(self, warning: GuardWarning, progress: Progress) -> None:
         """Show what a guard has seen, and write it to the log."""
         self.say(f"warning: {warning.text}")
-        if self._log is not None:
-            self._log.write_warning(warning, progress)
+        self._log.write_text("warning", progress, {"guard": warning.guard, "text": warning.text})
 
     def step(self, progress: Progress, epoch: int, metrics: dict[str, float], total: int, seconds_left: float) -> None:
         """Show an optimizer step, one of `total` in its iteration; `progress` has counted it already.
@@ -119,8 +116,7 @@ class Reporter:
             for name, text in (("prompt", sample.prompt), ("human", sample.chosen), ("generated", sample.rejected)):
                 self.say(f"{name:>9}  {_shortened(text, from_the_end=name == 'prompt')}")
             self.say("")
-        if self._log is not None:
-            self._log.write_samples(samples, progress)
+        self._log.write_samples(samples, progress)
 
     def iteration(self, progress: Progress, label: str, metrics: dict[str, float]) -> None:
         """Add a row to the table and show the table so far."""

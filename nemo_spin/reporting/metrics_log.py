@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import FileIO
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from nemo_spin.reporting.events import GuardWarning, Sample
+from nemo_spin.reporting.events import Sample
 from nemo_spin.runtime.progress import Progress
 
 FILE_NAME = "metrics.jsonl"
@@ -67,12 +67,8 @@ class MetricsLog:
                 with self._going_on_without(logger):
                     logger.log_metrics({**metrics, **counts}, progress.step)
 
-    def write_warning(self, warning: GuardWarning, progress: Progress) -> None:
-        """A line of the kind `warning`: `guard`, its name, and `text`."""
-        self.write_text("warning", progress, {"guard": warning.guard, "text": warning.text})
-
     def write_text(self, kind: str, progress: Progress, texts: Mapping[str, str]) -> None:
-        """A line of texts, which loggers do not get. kind: warning or end."""
+        """A line of texts, which loggers do not get. kind: `warning`, with `guard`, its name, and `text`; or `end`."""
         self._append({"kind": kind, "step": progress.step, "iteration": progress.iteration, **texts})
 
     def finish(self, succeeded: bool) -> None:
@@ -81,14 +77,13 @@ class MetricsLog:
             with self._going_on_without(logger):
                 logger.finalize("success" if succeeded else "failed")
 
-    def write_samples(self, samples: Iterable[Sample], progress: Progress) -> None:
+    def write_samples(self, samples: Sequence[Sample], progress: Progress) -> None:
         """Generated responses beside the human ones, for those of the loggers that show text."""
-        rows = list(samples)
         for logger in self._loggers:
             show = _SHOW.get(type(logger).__name__)
-            if rows and show is not None:
+            if samples and show is not None:
                 with self._going_on_without(logger):
-                    show(logger, rows, progress)
+                    show(logger, samples, progress)
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._path is None:

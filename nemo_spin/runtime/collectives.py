@@ -1,6 +1,6 @@
 """What the processes of a run tell each other, in the main thread: every one of them makes the same calls.
 
-Threads that write in the background use a `checkpoint.channel.Channel`.
+Threads that write a checkpoint in the background talk over the store; see `checkpoint.background`.
 
 A process that is alone keeps its objects to itself: gloo would copy them in a thread of its own, which from 32
 thousand bytes on opens a pool of OpenMP threads there; with more threads than cores OpenMP no longer lets any of them

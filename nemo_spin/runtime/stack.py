@@ -10,6 +10,7 @@ from types import FrameType
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
+_WRAPPER = "torch/distributed/c10d_logger.py"
 
 
 def position(thread: threading.Thread) -> str:
@@ -20,13 +21,10 @@ def position(thread: threading.Thread) -> str:
     # Of the frames of torch the outermost is what was called: what it calls in turn says less.
     collectives = [i for i, frame in enumerate(frames) if frame.f_code.co_filename.endswith(_COLLECTIVES)]
     what = f"waits in {frames[collectives[-1]].f_code.co_name}" if collectives else "is"
-    frames = [frame for frame in frames[collectives[-1] + 1 if collectives else 0 :] if not _is_wrapper(frame)]
+    callers = frames[collectives[-1] + 1 :] if collectives else frames
+    frames = [frame for frame in callers if not frame.f_code.co_filename.endswith(_WRAPPER)]
     ours = next((frame for frame in frames if _PACKAGE in Path(frame.f_code.co_filename).parents), frames[0])
     return f"{what} at {_line(frames[0])}" + (f", from {_line(ours)}" if ours is not frames[0] else "")
-
-
-def _is_wrapper(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.endswith("torch/distributed/c10d_logger.py")
 
 
 def _inside_out(frame: FrameType | None) -> Iterator[FrameType]:

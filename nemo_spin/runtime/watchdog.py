@@ -200,8 +200,8 @@ class Watchdog:
         """Say where this process is; one prints what all say; then end."""
         self._stuck = True
         here = f"({_Pulse.place}): {position(self._main)}"
-        store.set(f"where/{self._rank}", here)
-        if store.add("where/printing", 1) == 1:
+        store.set(f"stack/{self._rank}", here)
+        if store.add("stack/printing", 1) == 1:
             answers = self._answers(store, set(range(self._world_size)) - set(stuck["gone"]))
             _say(summary(stuck["seconds"], stuck["gone"], answers, self._world_size))
             store.set("told", "")
@@ -215,11 +215,11 @@ class Watchdog:
     def _answers(self, store: dist.Store, ranks: set[int]) -> dict[int, str]:
         """Where they are, of those who say so in time."""
         for _ in range(12):
-            answered = {rank for rank in ranks if store.check([f"where/{rank}"])}
+            answered = {rank for rank in ranks if store.check([f"stack/{rank}"])}
             if answered == ranks:
                 break
             time.sleep(self._interval / 4)
-        return {rank: store.get(f"where/{rank}").decode() for rank in sorted(answered)}
+        return {rank: store.get(f"stack/{rank}").decode() for rank in sorted(answered)}
 
     def _watch_the_watch(self) -> None:
         """The store may be on a machine that is lost, and then a look at it takes hours. An orphan ends as well."""
@@ -241,15 +241,15 @@ def _tell_first(store: dist.Store, key: str, message: Mapping[str, Any]) -> None
         store.set(key, json.dumps(message))
 
 
-def summary(seconds: int, gone: list[int], where: Mapping[int, str], world_size: int) -> str:
-    """For people: which ranks are where, those at the same place together."""
+def summary(seconds: int, gone: list[int], stacks: Mapping[int, str], world_size: int) -> str:
+    """For people: which ranks are where, those at the same place together. stacks: of ranks, see `stack.position`."""
     places: dict[str, list[int]] = defaultdict(list)
-    for rank, place in where.items():
+    for rank, place in stacks.items():
         places[place].append(rank)
     lines = [f"{_ranks(ranks)} {place}" for place, ranks in sorted(places.items(), key=lambda item: item[1])]
     if gone:
         lines.append(f"{_ranks(gone)}: no sign of life, the process has ended or its machine is gone")
-    if dumb := sorted(set(range(world_size)) - set(gone) - set(where)):
+    if dumb := sorted(set(range(world_size)) - set(gone) - set(stacks)):
         lines.append(f"{_ranks(dumb)}: no answer")
     head = f"error: no process has made progress for {seconds} s (trainer.spin.hang_timeout): the run is ended."
     return "\n".join([head, *(f"  {line}" for line in lines)])

@@ -52,7 +52,6 @@ def generated(checkpoint: str, prompts: str, output: str, **changes: Any) -> lis
     layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "precision": "32"}
     options = {
         "rollout_batch_size": 2,
-        "tokenizer": {},
         "micro_batch_size": 5,
         "num_samples": 2,
         "seed": 5,
@@ -65,7 +64,7 @@ def generated(checkpoint: str, prompts: str, output: str, **changes: Any) -> lis
         "on_bad_record": "error",
         "overwrite": False,
     }
-    cfg = GenerateConfig(checkpoint=checkpoint, prompts=prompts, output=output, **layout, **(options | changes))
+    cfg = GenerateConfig(checkpoint=checkpoint, prompts=prompts, output=output, model=layout, **(options | changes))
     request = preflight(cfg)
     model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=OmegaConf.create(layout))
     respond(model, cfg, request, is_main=dist.get_rank() == 0)

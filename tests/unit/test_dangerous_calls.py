@@ -28,7 +28,7 @@ ONLY_IN = {
         "commands/doctor.py",
     },  # the user's own configurations, which may be resolved
     "dist_checkpointing.load": {"checkpoint/manager.py"},  # a run's own checkpoints
-    "pickle.loads": {"checkpoint/channel.py"},  # what a run's own processes tell each other, as torch does
+    "pickle.loads": {"checkpoint/background.py"},  # what a run's own processes tell each other, as torch does
     "tarfile.open": {"model_io/nemo1/archive.py"},  # to write
 }
 FORBIDDEN = {name: set() for name in NOWHERE} | ONLY_IN

@@ -4,7 +4,7 @@ history.py        metrics.jsonl, and which of its lines count
 run_directory.py  the run: history, configuration, checkpoints, how far it came
 samples.py        the same few prompts in every iteration's rollouts
 findings.py       what is out of the ordinary, in words; all thresholds
-figures.py        curves and bars
+figures.py        curves and bars, which figures.yaml describes
 tables.py         the run in rows and cells
 page.py           the page itself, with page.html.j2, page.css and page.js
 """

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from nemo_spin.reporting.page.drawing import COLORS, Figure, layout, to_json
+from nemo_spin.reporting.page.drawing import COLORS, Figure, Spec, layout, to_json
 from nemo_spin.reporting.page.history import History, Series
 from nemo_spin.reporting.page.run_directory import Run
 
@@ -17,136 +16,10 @@ SMOOTHED_FROM = 100  # points from which a curve is drawn as means, over its poi
 _MARKERS_UP_TO = 40  # points
 _MEANS_PER_ITERATION = 40
 _MEAN_POINTS = 400
-
-# metrics that go on from one iteration to the next; the others begin anew
-_RUN_ON = {"val_loss", "rollout/length", "throughput/rollout_tokens_per_second"} | {
-    f"equilibrium/{name}" for name in ("logps_gap", "accuracy", "exact_match", "token_overlap")
-}
 _DASHES = ("solid", "dash", "dot", "dashdot")  # the curves differ also where there are no colours
 
 
-@dataclass(frozen=True, slots=True)
-class Curves:
-    """A figure over the steps.
-
-    caption: what to see in it. line: a level that is marked. noisy: whether means help. errors: the metric that is the
-    standard error of the first one.
-    """
-
-    key: str
-    title: str
-    unit: str
-    metrics: tuple[str, ...]
-    caption: str
-    line: tuple[float, str] | None = None
-    noisy: bool = True
-    errors: str | None = None
-
-
-CURVES = (
-    Curves(
-        "loss",
-        "Loss",
-        "nats",
-        ("loss", "spin_loss", "sft_loss", "val/loss"),
-        "Every iteration begins at the level that is marked, where policy and reference are the same, and falls as it "
-        "learns.",
-    ),
-    Curves(
-        "margins",
-        "Margins",
-        "beta x nats",
-        ("rewards/margins", "val/rewards/margins"),
-        "Reward of the human response minus reward of the generated one. It should grow.",
-        (0.0, ""),
-    ),
-    Curves(
-        "rewards",
-        "Rewards",
-        "beta x nats",
-        ("rewards/chosen", "rewards/rejected"),
-        "beta times the change of a response's log-probability since the iteration began. The distance counts; "
-        "a chosen reward below 0 means that human responses became less likely.",
-        (0.0, ""),
-    ),
-    Curves(
-        "logps",
-        "Log-probabilities",
-        "nats per response",
-        ("logps/chosen", "logps/rejected"),
-        "Of whole responses under the policy. Longer responses have lower ones.",
-    ),
-    Curves(
-        "accuracies",
-        "Accuracy",
-        "share of pairs",
-        ("rewards/accuracies", "val/rewards/accuracies"),
-        "Pairs whose margin is positive. It begins at 0.5; near 1 there is nothing left to learn.",
-        (0.5, ""),
-    ),
-    Curves(
-        "kl",
-        "KL estimate",
-        "nats per response",
-        ("kl",),
-        "How far the policy has gone from the reference of its iteration, estimated on the generated responses.",
-        (0.0, ""),
-    ),
-    Curves(
-        "val_loss",
-        "Validation loss",
-        "nats per token",
-        ("val_loss",),
-        "Mean negative log-likelihood of a human response token on held-out data.",
-    ),
-    Curves(
-        "logps_gap",
-        "Gap to the data",
-        "nats per token",
-        ("equilibrium/logps_gap",),
-        "By how much more likely its own responses are under the reference than human ones, at each iteration's start, "
-        "with one standard error. Towards 0 is nearer to the data.",
-        (0.0, ""),
-        noisy=False,
-        errors="equilibrium/logps_gap_error",
-    ),
-    Curves(
-        "equilibrium",
-        "Likeness to the data",
-        "share",
-        ("equilibrium/accuracy", "equilibrium/exact_match", "equilibrium/token_overlap"),
-        "At each iteration's start: how well the policy told human from generated held-out responses in the iteration "
-        "before (0.5: not at all), generated responses equal to the human one, and the overlap of their tokens.",
-        (0.5, ""),
-        noisy=False,
-    ),
-    Curves(
-        "lengths",
-        "Response lengths",
-        "tokens",
-        ("tokens/chosen", "tokens/rejected", "rollout/length"),
-        "Human and generated responses in training batches, and the mean of all generated ones.",
-    ),
-    Curves(
-        "grad_norm",
-        "Gradient norm",
-        "2-norm",
-        ("grad_norm",),
-        "Before clipping.",
-    ),
-    Curves("lr", "Learning rate", "", ("lr",), "Of each step.", noisy=False),
-    Curves(
-        "throughput",
-        "Throughput",
-        "tokens per second",
-        ("throughput/train_tokens_per_second", "throughput/rollout_tokens_per_second"),
-        "Of the whole run, not of one device.",
-    ),
-    Curves("memory", "Memory", "GiB", ("memory/peak_gib",), "Peak of a device.", noisy=False),
-)
-
-
-def draw(spec: Curves, run: Run) -> Figure | None:
+def draw(spec: Spec, run: Run) -> Figure | None:
     """A figure of those of its metrics that are logged; None if none is."""
     traces: list[dict[str, Any]] = []
     words: list[str] = []
@@ -155,7 +28,7 @@ def draw(spec: Curves, run: Run) -> Figure | None:
         series = run.history.series(metric)
         if not len(series):
             continue
-        traces += _traces(metric, series, number, spec.noisy)
+        traces += _traces(metric, series, number, spec)
         if spec.errors and number == 0:
             errors = dict(run.history.series(spec.errors).finite())
             array = [errors.get(step, 0.0) for step in traces[-1]["x"]]
@@ -174,20 +47,18 @@ def draw(spec: Curves, run: Run) -> Figure | None:
     )
 
 
-def _level(spec: Curves, run: Run) -> tuple[float, str] | None:
-    if spec.key == "loss":
-        return run.loss_at_margin_0
-    if spec.key == "grad_norm":
-        limit = run.number("trainer.spin.gradient_clip_val") or 0.0
-        return (limit, "clipped above") if limit > 0 else None
-    return spec.line
+def _level(spec: Spec, run: Run) -> tuple[float, str] | None:
+    """(value, label) of the line that marks a level."""
+    if isinstance(spec.level, str):
+        return getattr(run, spec.level)
+    return None if spec.level is None else (spec.level, "")
 
 
-def _traces(metric: str, series: Series, number: int, noisy: bool) -> Iterator[dict[str, Any]]:
+def _traces(metric: str, series: Series, number: int, spec: Spec) -> Iterator[dict[str, Any]]:
     color, dash = COLORS[number], _DASHES[number]
     drawn = _thinned(series)
-    smoothed = noisy and len(series) >= SMOOTHED_FROM
-    steps, values = _points(drawn, metric in _RUN_ON)
+    smoothed = spec.smooth and len(series) >= SMOOTHED_FROM
+    steps, values = _points(drawn, metric in spec.continuous)
     few = len(series) <= _MARKERS_UP_TO
     yield {
         "type": "scatter",
@@ -205,7 +76,7 @@ def _traces(metric: str, series: Series, number: int, noisy: bool) -> Iterator[d
     }
     if smoothed:
         means = _means(series)
-        steps, values = _points(means, metric in _RUN_ON)
+        steps, values = _points(means, metric in spec.continuous)
         yield {
             "type": "scatter",
             "name": f"{metric}, mean",

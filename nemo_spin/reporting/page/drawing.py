@@ -1,12 +1,30 @@
-"""What all figures share: plotly's JSON, colours and the layout, which page.css adapts to dark screens and to print."""
+"""What all figures share: what describes them, plotly's JSON, colours and the layout, which page.css adapts to dark
+screens and to print."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 COLORS = ("#2b8cd4", "#e07b28", "#22a17b", "#a673c9")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A figure of figures.yaml, which says what the fields mean."""
+
+    key: str
+    title: str
+    unit: str
+    metrics: Sequence[str] | Mapping[str, str]
+    caption: str
+    bars: str | None = None
+    level: float | str | None = None
+    smooth: bool = False
+    continuous: Sequence[str] = ()
+    errors: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ PART = 0.1  # of an iteration's lines: what "at its beginning" and "at its end" 
 FALLING_SHARE = 0.1  # the chosen reward falls by this share of what the margin gained
 FALLING_LOGPS = 0.05  # the same from logps/chosen, relative to where they began: batches differ by some per cent
 ACCURACY_NEAR_1 = 0.98
-EARLY = 0.5  # of an iteration's steps
+EARLY = 0.5  # of an iteration's steps, of one under way those that it has made
 STILL_LOSS = 0.02  # below where it began, at the end of an iteration
 STILL_ACCURACY = 0.55
 LARGE_KL_PER_TOKEN = 0.2  # nats per token of a rejected response
@@ -125,15 +125,15 @@ def _fall(history: History, iteration: int) -> str | None:
 def _early_accuracy(run: Run) -> Iterator[tuple[str, str, str]]:
     for iteration in _judged(run.history):
         accuracies = run.history.series("rewards/accuracies").of(iteration)
-        window = _part(accuracies)
-        steps = max(len(accuracies), run.steps_of(iteration) or 0)
+        window, steps = _part(accuracies), len(accuracies)
         sums = list(accumulate(accuracies, initial=0.0))
-        ends = range(window, min(int(EARLY * steps), len(accuracies)) + 1)
+        ends = range(window, int(EARLY * steps) + 1)
         early = next((end for end in ends if sums[end] - sums[end - window] >= ACCURACY_NEAR_1 * window), None)
         if early is not None:
+            so_far = " so far" if _is_under_way(run, iteration) else ""
             yield (
                 f"Accuracy near 1 early in iteration {iteration}",
-                f"After {early:,} of {steps:,} steps the policy tells almost all pairs of a batch apart "
+                f"After {early:,} of {steps:,} steps{so_far} the policy tells almost all pairs of a batch apart "
                 f"(at least {ACCURACY_NEAR_1:.0%}): later steps teach it little but the training data.",
                 "rewards/accuracies",
             )
@@ -141,7 +141,7 @@ def _early_accuracy(run: Run) -> Iterator[tuple[str, str, str]]:
 
 def _standing_still(run: Run) -> Iterator[tuple[str, str, str]]:
     for iteration in _judged(run.history):
-        if iteration == run.last_position.iteration and not run.is_finished:
+        if _is_under_way(run, iteration):
             continue  # it still may move
         loss, accuracy = (_ends(run.history, name, iteration) for name in (run.spin_loss, "rewards/accuracies"))
         level, name = run.loss_at_margin_0
@@ -257,6 +257,10 @@ def _judged(history: History) -> list[int]:
     """Iterations that are long enough to be judged by their curves."""
     steps = [record.iteration for record in history.records if record.kind == "train"]
     return [iteration for iteration in sorted(set(steps)) if steps.count(iteration) >= MIN_STEPS]
+
+
+def _is_under_way(run: Run, iteration: int) -> bool:
+    return iteration == run.last_position.iteration and not run.is_finished
 
 
 def _part(values: list[float]) -> int:

@@ -174,7 +174,7 @@ def _record(line: bytes, where: str) -> Record:
     try:
         values = json.loads(line)
     except ValueError:
-        raise DataError(f"{where} is not a JSON object: mend or remove the line.") from None
+        values = None
     if not isinstance(values, dict):
         raise DataError(f"{where} is not a JSON object: mend or remove the line.")
     step, iteration = (_count(values, key, where) for key in ("step", "iteration"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -16,6 +15,7 @@ from nemo_spin.reporting.page.figures import figures
 from nemo_spin.reporting.page.findings import Finding
 from nemo_spin.reporting.page.run_directory import Run
 from nemo_spin.reporting.page.samples import Sample
+from nemo_spin.runtime.files import written_whole
 
 FOLDED_FROM = 500  # characters of a response from which it is folded
 CUT_FROM = 20_000  # characters of a text that stand in the page
@@ -57,23 +57,13 @@ def render(run: Run, findings: list[Finding], samples: list[Sample]) -> str:
 
 def write_whole(page: str, output: Path) -> Path:
     """Write the page whole or not at all. Raises UserError if it cannot be written."""
-    unfinished = output.with_name(f".{output.name}.unfinished")
     try:
         # text of the run may hold half of a surrogate pair, which no encoding has
-        unfinished.write_text(page, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(unfinished, output)
+        with written_whole(output) as file:
+            file.write_text(page, encoding="utf-8", errors="replace", newline="\n")
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another file with --output.") from None
-    finally:
-        _remove(unfinished)
     return output
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return  # nor could it be made, which has been said
 
 
 def _sha256(text: str) -> str:

@@ -57,6 +57,12 @@ class Run:
         """SPIN's loss where policy and reference are the same, and its name."""
         return (math.log(2.0), "ln 2") if self.get("model.spin.loss_type") in (None, "logistic") else (1.0, "1")
 
+    @property
+    def clipped_above(self) -> tuple[float, str] | None:
+        """The gradient norm from which steps are clipped, and a label; None where they are not."""
+        limit = self.number("trainer.spin.gradient_clip_val") or 0.0
+        return (limit, "clipped above") if limit > 0 else None
+
     def begins_at_reference(self, iteration: int) -> bool:
         """Whether policy and reference are the same when an iteration begins."""
         return iteration == 0 or self.get("model.spin.refresh_reference") is not False
@@ -72,46 +78,12 @@ class Run:
         return max(self.history.records, key=lambda record: (record.step, record.iteration))
 
     @cached_property
-    def _steps_of_past(self) -> dict[int, int]:
-        """Steps of the iterations that are over."""
-        steps: dict[int, int] = {}
-        for record in self.history.records:
-            if record.kind == "train" and record.iteration < self.last_position.iteration:
-                done = record.position.get("iteration_step", 0)
-                steps[record.iteration] = max(done, steps.get(record.iteration, 0))
-        return {iteration: number for iteration, number in steps.items() if number}
-
-    def steps_of(self, iteration: int) -> int | None:
-        """Steps of an iteration: the logged ones if it is over, else about as many as the last that is; None before."""
-        past = self._steps_of_past
-        if iteration in past or not past:
-            return past.get(iteration)
-        last = max(past)
-        return round(past[last] * self._relative_size(iteration) / self._relative_size(last))
-
-    def _relative_size(self, iteration: int) -> float:
-        """Passes over the training data in an iteration, with those over pairs of iterations before it."""
-        epochs = self.per_iteration("trainer.spin.max_epochs", iteration) or 1.0
-        replayed = min(int(self.number("model.spin.replay_iterations") or 0), iteration)
-        weights = self.get("model.spin.replay_weights")
-        each = [_number(weight) or 1.0 for weight in weights] if isinstance(weights, list) else []
-        return epochs * (1 + sum(each[:replayed]) + max(0, replayed - len(each)))
-
-    @cached_property
     def total_steps(self) -> int | None:
-        """Steps that the whole run is to have, None while that is not known."""
+        """Steps that the whole run is to have, None where the log does not say so."""
         for record in reversed(self.history.records):
             if record.kind in ("start", "resume") and "total_steps" in record.position:
                 return record.position["total_steps"]
-        # the log of a version that did not write it
-        totals = []
-        if self.max_iterations:
-            steps = [self.steps_of(iteration) for iteration in range(self.max_iterations)]
-            totals += [sum(filter(None, steps))] if all(steps) else []
-        limit = self.number("trainer.spin.max_steps")
-        if limit is not None and limit > 0:
-            totals.append(int(limit))
-        return min(totals, default=None)
+        return None
 
     @cached_property
     def has_ended(self) -> bool:
@@ -144,10 +116,9 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Read a run directory, but for its rollouts. Raises UserError, DataError or ConfigError."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give the directory of a run (exp_manager.explicit_log_dir).")
     if not path.is_dir():
-        raise UserError(f"{path} is not a directory: give the directory of a run (exp_manager.explicit_log_dir).")
+        what = "is not a directory" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}: give the directory of a run (exp_manager.explicit_log_dir).")
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         parts = ("metrics.jsonl", "config.yaml", "checkpoints")
@@ -174,11 +145,11 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
+        reason = None if isinstance(config, dict) else "is not a mapping of keys to values"
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} cannot be read ({reason}): mend it, or move it away for a report without.") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} is not a mapping of keys to values: mend it, or move it away for a report without.")
+        reason = f"cannot be read ({' '.join(str(error).split())})"
+    if reason:
+        raise ConfigError(f"{path} {reason}: mend it, or move it away for a report without.")
     return text, config
 
 

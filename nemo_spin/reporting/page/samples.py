@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nemo_spin.errors import DataError
@@ -94,17 +95,16 @@ def _read(wanted: np.ndarray, files: Files) -> dict[int, dict[str, Any]]:
     """The rows with these indices, by index; no more of a file is read than up to the last of them."""
     found: dict[int, dict[str, Any]] = {}
     for file, indices in files.items():
-        rows = np.flatnonzero(np.isin(indices, wanted)).tolist()
-        first = 0
+        left = int(np.isin(indices, wanted).sum())
         try:
             with pq.ParquetFile(file) as parquet:
                 batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=list(COLUMNS))
-                while rows:
+                while left:
                     batch = next(batches)
-                    while rows and rows[0] < first + len(batch):
-                        (values,) = batch.slice(rows.pop(0) - first, 1).to_pylist()
+                    rows = batch.filter(pc.is_in(batch["index"], value_set=pa.array(wanted)))
+                    for values in rows.to_pylist():
                         found.setdefault(values["index"], values)
-                    first += len(batch)
+                    left -= len(rows)
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(file, error) from None
     return found

@@ -33,27 +33,23 @@ _COLUMNS = (
 
 def headline(run: Run) -> list[tuple[str, str]]:
     """What a reader wants to know first: names and values. Only what the run directory says."""
-    records = run.history.records
-    model = run.get("pretrained_checkpoint.restore_from_path")
-    facts = [
-        ("State", run.state),
-        ("Ended", run.end_reason),
-        ("Model", str(model) if model else None),
-        ("Layout", _layout(run)),
-    ]
-    facts += [("Data", _text(run.get("model.data.train_ds.file_path"))), ("Training", _training(run))]
-    facts += [
-        ("beta", _text(run.get("model.spin.ref_policy_kl_penalty"))),
-        ("Learning rate", _text(run.get("model.optim.lr"))),
-        ("First line", _time(records[0].time)),
-        ("Last line", _time(max(record.time for record in records))),
-    ]
-    if run.history.resumes:
-        facts.append(("Resumed", f"{_times(run.history.resumes)}; {run.history.undone:,} undone lines do not count"))
-    results = [f"checkpoints/{name}" for name in run.nemo_files]
-    facts.append(("Result", ", ".join(results) or "no .nemo file yet"))
-    facts.append(("Newest checkpoint", f"checkpoints/{run.latest}" if run.latest else None))
-    return [(name, value) for name, value in facts if value]
+    records, resumes = run.history.records, run.history.resumes
+    facts = {
+        "State": run.state,
+        "Ended": run.end_reason,
+        "Model": _text(run.get("pretrained_checkpoint.restore_from_path")),
+        "Layout": _layout(run),
+        "Data": _text(run.get("model.data.train_ds.file_path")),
+        "Training": _training(run),
+        "beta": _text(run.get("model.spin.ref_policy_kl_penalty")),
+        "Learning rate": _text(run.get("model.optim.lr")),
+        "First line": _time(records[0].time),
+        "Last line": _time(max(record.time for record in records)),
+        "Resumed": resumes and f"{_times(resumes)}; {run.history.undone:,} undone lines do not count",
+        "Result": ", ".join(f"checkpoints/{name}" for name in run.nemo_files) or "no .nemo file yet",
+        "Newest checkpoint": run.latest and f"checkpoints/{run.latest}",
+    }
+    return [(name, value) for name, value in facts.items() if value]
 
 
 def title(run: Run) -> str:
@@ -127,13 +123,13 @@ def _layout(run: Run) -> str | None:
 
 def _training(run: Run) -> str | None:
     batch, epochs = run.get("model.global_batch_size"), run.get("trainer.spin.max_epochs")
-    parts = [
+    consumed = [r.position["consumed_samples"] for r in run.history.records if "consumed_samples" in r.position]
+    parts = (
         f"{run.max_iterations} iterations" if run.max_iterations else "",
         _epochs(epochs),
-    ]
-    parts.append(f"{batch} pairs in a batch" if batch else "")
-    consumed = [r.position["consumed_samples"] for r in run.history.records if "consumed_samples" in r.position]
-    parts.append(f"{max(consumed):,} pairs so far" if consumed else "")
+        f"{batch} pairs in a batch" if batch else "",
+        f"{max(consumed):,} pairs so far" if consumed else "",
+    )
     return ", ".join(filter(None, parts)) or None
 
 

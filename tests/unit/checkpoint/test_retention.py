@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from nemo_spin.checkpoint.background import Retries
 from nemo_spin.checkpoint.manifest import digest_of, write_manifest
 from nemo_spin.checkpoint.retention import Retention
-from nemo_spin.checkpoint.retries import Retries
 from nemo_spin.checkpoint.run_state import RunState, Stored, read_state, write_state
 from nemo_spin.errors import CheckpointError
 from nemo_spin.runtime.progress import Progress

@@ -51,11 +51,11 @@ def test_all_is_shown(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["data", data, *options, "--overlong", "drop", "--on-bad-record", "skip"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(
-        f"{data}: 4 records, 2 of them used\n"
+        f"{data}: 4 records, 2 of them used, the longest of 32 tokens\n"
         "  1 in the format template\n"
         "  1 in the format real/generated\n"
-        "  1 left out because they are longer than 20 tokens (1 by their prompt alone, the longest 32): line 2\n"
-        "  1 left out because not valid JSON at column N: line 3\n"
+        "  dropped 1 longer than 20 tokens (1 by their prompt alone, 0 with their response; line 2)\n"
+        "  skipped 1: not valid JSON at column N (line 3)\n"
     )
     lengths = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line[:1].islower()}
     assert lengths["prompt"] == ["1", "1", "1", "7", "7", "7", "4.0", "8"]

@@ -69,8 +69,8 @@ def test_overlong_examples_are_dropped_and_counted(write, tokenizer):
     ]
     assert dataset.reports[0].kept == 2
     assert str(dataset.reports[0]) == (
-        f"{path}: read 5 examples, longest 31 tokens; kept 2, dropped 3 longer than 10 "
-        "(2 by their prompt alone, 1 with their response)"
+        f"{path}: read 5 examples, kept 2, longest 31 tokens; dropped 3 longer than 10 tokens "
+        "(2 by their prompt alone, 1 with their response; line 2, 4, 6)"
     )
 
 
@@ -135,7 +135,7 @@ def test_truncated_records_are_counted(write, tokenizer):
     options = {"overlong": "truncate", "truncation_field": "input"}
     dataset = load_dataset(write(*lines), tokenizer, max_seq_length=9, **options)
     assert [tokenizer.decode(example.prompt_ids) for example in dataset] == ["abc", "abcdef", "abcdef"]
-    assert str(dataset.reports[0]).endswith("read 3 examples, longest 12 tokens; cut 2 to 9 (line 2, 3)")
+    assert str(dataset.reports[0]).endswith("read 3 examples, longest 12 tokens; cut 2 to 9 tokens (line 2, 3)")
     with pytest.raises(DataError, match="at line 1, the longest 11: what truncation_field names is not enough to cut"):
         load_dataset(write(record(10, 1)), tokenizer, max_seq_length=9, **options)
 

@@ -166,7 +166,7 @@ def test_long_examples_are_written_before_their_offsets_overflow(write, tokenize
     records = [{"prompt_ids": [9] * n, "response_ids": [8]} for n in (3, 3, 5, 1, 30, 2)]
     dataset = load_dataset(write(*map(json.dumps, records)), tokenizer, max_seq_length=99)
     assert [len(example.prompt_ids) for example in dataset] == [3, 3, 5, 1, 30, 2]
-    assert len(dataset._stores[0]._batches) == 3
+    assert dataset._stores[0]._prompts.num_chunks == 3
 
 
 def test_a_prompt_of_which_cutting_leaves_nothing(write, tokenizer):

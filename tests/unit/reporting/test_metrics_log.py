@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_spin.reporting import metrics_log
+from nemo_spin.reporting.console import Reporter
 from nemo_spin.reporting.events import GuardWarning, Sample
 from nemo_spin.reporting.metrics_log import MetricsLog
 from nemo_spin.runtime.progress import Progress
@@ -51,7 +52,8 @@ def test_lines_are_on_disk_with_their_position(tmp_path: Path) -> None:
 
 def test_a_warning_is_a_line_without_metrics(tmp_path: Path) -> None:
     logger = logger_of("TensorBoardLogger")
-    MetricsLog(tmp_path / "metrics.jsonl", [logger]).write_warning(GuardWarning("empty", "Too many."), Progress(step=3))
+    log = MetricsLog(tmp_path / "metrics.jsonl", [logger])
+    Reporter(is_main=False, log=log).warn(GuardWarning("empty", "Too many."), Progress(step=3))
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert line.pop("time") > 0
     assert line == {"kind": "warning", "step": 3, "iteration": 0, "guard": "empty", "text": "Too many."}

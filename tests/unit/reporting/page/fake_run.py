@@ -59,7 +59,7 @@ def lines(iterations: int = 3, steps: int = 200, seed: int = 0) -> list[Line]:
         now += values.get("time/rollout", 0.0) + values.get("time/train_step", 0.0) + values.get("time/validation", 0.0)
         made.append({"time": now, "step": step, "iteration": iteration, "kind": kind, **values})
 
-    add("start", 0, 0, version="0.1.0")
+    add("start", 0, 0, version="0.1.0", total_steps=iterations * steps)
     add("validation", 0, 0, val_loss=1.62, **{"time/validation": 40.0})
     for iteration in range(iterations):
         first = iteration * steps

@@ -69,7 +69,7 @@ def test_the_distance_from_the_data_is_drawn_and_in_the_table(tmp_path: Path) ->
     assert rows[-1][:2] == ["2", "-"]
 
 
-def run_with(directory: Path, loop: str, spin: str, steps: tuple[int, ...], total: int | None = None) -> Any:
+def run_with(directory: Path, loop: str, steps: tuple[int, ...], total: int | None = None) -> Any:
     """A run of three iterations, under way: it has made these steps in each, but for the very last one."""
 
     def change(all_lines: list[Line]) -> None:
@@ -85,34 +85,19 @@ def run_with(directory: Path, loop: str, spin: str, steps: tuple[int, ...], tota
         all_lines[:] = lines
 
     make(directory, change=change)
-    config = CONFIG.format(iterations=3, betas="0.1").replace("max_epochs: 2", loop).replace("    ref_pol", spin)
+    config = CONFIG.format(iterations=3, betas="0.1").replace("max_epochs: 2", loop)
     (directory / "config.yaml").write_text(config)
     return read_run(directory)
 
 
-@pytest.mark.parametrize(
-    ("epochs", "replay", "steps", "expected"),
-    [
-        ("2", "", (20, 20), [20, 20, 20]),
-        ("[1, 2, 4]", "", (10, 20), [10, 20, 40]),
-        ("2", "replay_iterations: 1", (20, 40), [20, 40, 40]),
-        ("2", "replay_iterations: 2", (20, 40), [20, 40, 60]),
-        ("[2, 2, 1]", "replay_iterations: 2\n    replay_weights: [0.5, 0.25]", (20, 30), [20, 30, 18]),
-    ],
-)
-def test_iterations_may_differ_in_length(
-    tmp_path: Path, epochs: str, replay: str, steps: tuple[int, ...], expected: list[int]
-) -> None:
-    spin = f"    {replay}\n    ref_pol" if replay else "    ref_pol"
-    run = run_with(tmp_path / "run", f"max_epochs: {epochs}", spin, steps)
-    assert [run.steps_of(iteration) for iteration in range(3)] == expected
-    assert run.total_steps == sum(expected)
-    # what the run itself has counted needs no estimate
-    assert run_with(tmp_path / "counted", f"max_epochs: {epochs}", spin, steps, total=77).total_steps == 77
+@pytest.mark.parametrize(("total", "of"), [(77, " of 77"), (None, "")])
+def test_a_run_under_way_says_how_far_it_is(tmp_path: Path, total: int | None, of: str) -> None:
+    run = run_with(tmp_path / "run", "max_epochs: 2", (10, 20), total)
+    assert run.state == f"unfinished: at step 29{of}, in iteration 1 (from 0) of 3"
 
 
 def test_epochs_of_each_iteration_are_shown(tmp_path: Path) -> None:
-    run_with(tmp_path / "a", "max_epochs: [1, 2, 4]", "    ref_pol", (10, 20))
+    run_with(tmp_path / "a", "max_epochs: [1, 2, 4]", (10, 20))
     assert "3 iterations, 1, 2, 4 epochs, 64 pairs" in without_scripts(page_of(tmp_path / "a"))
-    run_with(tmp_path / "b", "max_epochs: [2, 2, 2]", "    ref_pol", (10, 20))
+    run_with(tmp_path / "b", "max_epochs: [2, 2, 2]", (10, 20))
     assert "3 iterations, 2 epochs each, 64 pairs" in without_scripts(page_of(tmp_path / "b"))
