@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from nemo_spin.cli.options import add_record_options, record_options
-from nemo_spin.config.dataset import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS
+from nemo_spin.config.dataset import ON_BAD_RECORD, OVERLONG, TRUNCATION_METHODS, DatasetConfig
 from nemo_spin.errors import ConfigError
 
 
@@ -48,18 +48,16 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--max-seq-length {options.max_seq_length}: use at least 2.")
     from nemo_spin.commands.data import show_data
 
-    return show_data(
-        options.files,
-        checkpoint=options.checkpoint,
-        tokenizer_path=options.tokenizer,
+    cfg = DatasetConfig(
+        file_path=tuple(options.files),
         max_seq_length=options.max_seq_length,
-        num_examples=options.examples,
-        load_options={
-            **record_options(options),
-            "overlong": options.overlong,
-            "truncation_field": options.truncation_field,
-            "truncation_method": options.truncation_method,
-            "on_bad_record": options.on_bad_record,
-            "cache_dir": options.cache_dir,
-        },
+        overlong=options.overlong,
+        truncation_field=options.truncation_field,
+        truncation_method=options.truncation_method,
+        on_bad_record=options.on_bad_record,
+        cache_dir=options.cache_dir,
+        **record_options(options),
+    )
+    return show_data(
+        cfg, checkpoint=options.checkpoint, tokenizer_path=options.tokenizer, num_examples=options.examples
     )

@@ -15,9 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.commands.environment import Component, components
 from nemo_spin.config import addable_overrides, config_dir, resolved, with_defaults, with_shipped_configurations
-from nemo_spin.config.aligner.unread import at
 from nemo_spin.config.composing import composing
-from nemo_spin.config.parse import parse_known
+from nemo_spin.config.reading import at
 from nemo_spin.config.review import (
     NO_EFFECT,
     REFUSED,
@@ -68,8 +67,7 @@ def review_config(path: Path, overrides: Sequence[str] = ()) -> ConfigReview:
     """Judge every key of a file, composed by hydra with overrides as on a run's command line. Raises ConfigError."""
     cfg = with_defaults(_composed(path, overrides))
     plain, refused = _resolved_as_far_as_possible(cfg)
-    shipped = resolved(OmegaConf.load(config_dir() / "gpt_spin.yaml"))
-    wrong, missing = refusals(plain, parse_known, shipped)
+    wrong, missing = refusals(plain)
     refused |= {error.key or "": str(error) for error in wrong}
     lacking = [error.key or str(error) for error in missing]
     given = OmegaConf.to_container(_composed(path, overrides), resolve=False)

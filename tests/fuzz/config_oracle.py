@@ -1,4 +1,4 @@
-"""What `SpinConfig` promises, field by field, after the docstrings of its schema and not after its parser."""
+"""What `SpinConfig` promises, field by field, written down apart from its declarations."""
 
 from __future__ import annotations
 
