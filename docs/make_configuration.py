@@ -7,11 +7,16 @@ What is accepted for NeMo-Aligner's sake comes from nemo_spin/config/aligner/tab
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from textwrap import wrap
+from textwrap import dedent, wrap
 from typing import Any, get_args, get_origin
 
 from nemo_spin.config import config_dir
@@ -66,10 +71,28 @@ other values is said in the third: they are noted when a run begins, or refused.
 """
 _TOP = ("trainer", "exp_manager", "pretrained_checkpoint", "model")
 _TYPES_FOR_PEOPLE = {bool: "true or false", int: "whole number", float: "number", str: "text", Mapping: "mapping"}
+
+
+@cache
+def _docs(cls: type) -> dict[str, str]:
+    """Field -> the text below its declaration, of a dataclass and those that it inherits from."""
+    inherited = {field: doc for base in cls.__bases__ if is_dataclass(base) for field, doc in _docs(base).items()}
+    (body,) = (node.body for node in ast.parse(dedent(inspect.getsource(cls))).body if isinstance(node, ast.ClassDef))
+    own = {
+        field.target.id: " ".join(below.value.value.split())
+        for field, below in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
+    return inherited | own
+
+
+def doc_of(part: Part) -> str:
+    """What a key or a section means; "" for a section without a word."""
+    return _docs(part.owner).get(part.field, "")
+
+
 SECTIONS = {
-    part.key: part.declared.doc
-    for part, _ in all_parts(SpinConfig)
-    if isinstance(part.declared, Section) and part.declared.doc
+    part.key: doc_of(part) for part, _ in all_parts(SpinConfig) if isinstance(part.declared, Section) and doc_of(part)
 }
 
 
@@ -83,7 +106,7 @@ def page() -> str:
     parts = [INTRODUCTION]
     for section in (key for name in _TOP for key in _sections_below(name)):
         rows = [
-            (f"`{key.rpartition('.')[2]}`", _type(part), _default(part), _escaped(part.declared.doc))
+            (f"`{key.rpartition('.')[2]}`", _type(part), _default(part), _escaped(doc_of(part)))
             for key, part in _leaves(section)
         ]
         prose = f"{_escaped(SECTIONS[section])}\n\n" if section in SECTIONS else ""
@@ -129,7 +152,7 @@ def _yaml_leaves(section: str, indent: str) -> Iterator[str]:
     lines = []
     for key, part in _leaves(section):
         name, value = key.rpartition(".")[2], at(defaults(), key)
-        doc = "" if _reference(part) else part.declared.doc
+        doc = "" if _reference(part) else doc_of(part)
         is_block = isinstance(value, Mapping)
         lines.append((f"{indent}{name}:" if is_block else f"{indent}{name}: {_scalar(value)}", doc))
         if is_block:

@@ -47,31 +47,16 @@ def _betas(value: Any) -> tuple[float, ...]:
 class EquilibriumConfig:
     """`trainer.spin.stop_at_equilibrium`: a run ends before an iteration in which every limit that is given is met."""
 
-    accuracy: float | None = setting(
-        None,
-        "SPIN's accuracy on held-out pairs in the iteration before, at most (0.5: it cannot tell human from generated; "
-        "0.55 is a start); null: not asked",
-        minimum=0.5,
-        maximum=1.0,
-    )
-    logps_gap: float | None = setting(
-        None,
-        "the reference's log-probability of generated against human responses: this far apart at most, in nats per "
-        "token; null: not asked",
-        above=0.0,
-    )
-    exact_match: float | None = setting(
-        None,
-        "share of generated responses that are the human one, at least; null: not asked",
-        above=0.0,
-        maximum=1.0,
-    )
-    token_overlap: float | None = setting(
-        None,
-        "overlap of generated and human responses (F1 of their tokens), at least; null: not asked",
-        above=0.0,
-        maximum=1.0,
-    )
+    accuracy: float | None = setting(None, minimum=0.5, maximum=1.0)
+    """SPIN's accuracy on held-out pairs in the iteration before, at most (0.5: it cannot tell human from generated;
+    0.55 is a start); null: not asked"""
+    logps_gap: float | None = setting(None, above=0.0)
+    """the reference's log-probability of generated against human responses: this far apart at most, in nats per token;
+    null: not asked"""
+    exact_match: float | None = setting(None, above=0.0, maximum=1.0)
+    """share of generated responses that are the human one, at least; null: not asked"""
+    token_overlap: float | None = setting(None, above=0.0, maximum=1.0)
+    """overlap of generated and human responses (F1 of their tokens), at least; null: not asked"""
 
     @property
     def is_asked_for(self) -> bool:
@@ -82,68 +67,38 @@ class EquilibriumConfig:
 class LoopConfig:
     """`trainer.spin`: how long the run is, and what happens when. Of max_epochs there are as many as iterations."""
 
-    max_iterations: int = setting(
-        1,
-        "rounds of self-play (T in the paper); after each the policy becomes the reference",
-        minimum=1,
-        maximum=MAX_ITERATIONS,
-    )
-    max_epochs: tuple[int, ...] = setting(
-        (1,),
-        "passes over the training data in each iteration (the paper: 2): one number, or a list with one per iteration",
-        minimum=1,
-        per_iteration=True,
-    )
-    max_steps: int = setting(-1, "steps of the whole run, over all iterations; -1: no limit", minimum=-1)
-    val_check_interval: int | float = setting(
-        0,
-        "validate every so many steps (whole number) or this fraction of an epoch (0.0 to 1.0) within an iteration; "
-        "0: only at the start of the run and the end of each iteration",
-        counts="steps",
-    )
-    save_interval: int = setting(
-        100, "steps between checkpoints within an iteration; 0: only at the end of each iteration", minimum=-1
-    )
-    limit_train_batches: int | float = setting(
-        1.0,
-        "batches of an epoch that are used: a number (10) or a fraction (1.0: all)",
-        minimum=1,
-        counts="batches",
-    )
-    limit_val_batches: int | float = setting(
-        1.0, "batches of a validation that are used: a number or a fraction; 0: no validation", counts="batches"
-    )
-    gradient_clip_val: float = setting(
-        1.0, "largest 2-norm of the gradient, over all parameters; 0: no clipping", minimum=0.0
-    )
-    max_seconds: float | None = setting(
-        None,
-        '"DD:HH:MM:SS": then the run saves and ends by itself; null: no limit',
-        name="exp_manager.max_time_per_run",
-        read=_seconds,
-        words="text",
-    )
-    log_samples: int = setting(
-        3, "generated responses shown beside the human ones in each iteration; 0: none", minimum=0
-    )
-    max_skipped_steps: int = setting(
-        3,
-        "steps in a row that may be skipped because the loss or the gradient is NaN or infinite; one more ends the run "
-        "with a report; 0: the first one does",
-        minimum=0,
-    )
-    hang_timeout: float = setting(
-        1800,
-        "seconds without progress of any process after which the run ends, and says where each of them is; longer than "
-        "reading or writing a checkpoint takes; 0: never",
-        minimum=0.0,
-    )
+    max_iterations: int = setting(1, minimum=1, maximum=MAX_ITERATIONS)
+    """rounds of self-play (T in the paper); after each the policy becomes the reference"""
+    max_epochs: tuple[int, ...] = setting((1,), minimum=1, per_iteration=True)
+    """passes over the training data in each iteration (the paper: 2): one number, or a list with one per iteration"""
+    max_steps: int = setting(-1, minimum=-1)
+    """steps of the whole run, over all iterations; -1: no limit"""
+    val_check_interval: int | float = setting(0, counts="steps")
+    """validate every so many steps (whole number) or this fraction of an epoch (0.0 to 1.0) within an iteration; 0:
+    only at the start of the run and the end of each iteration"""
+    save_interval: int = setting(100, minimum=-1)
+    """steps between checkpoints within an iteration; 0: only at the end of each iteration"""
+    limit_train_batches: int | float = setting(1.0, minimum=1, counts="batches")
+    """batches of an epoch that are used: a number (10) or a fraction (1.0: all)"""
+    limit_val_batches: int | float = setting(1.0, counts="batches")
+    """batches of a validation that are used: a number or a fraction; 0: no validation"""
+    gradient_clip_val: float = setting(1.0, minimum=0.0)
+    """largest 2-norm of the gradient, over all parameters; 0: no clipping"""
+    max_seconds: float | None = setting(None, name="exp_manager.max_time_per_run", read=_seconds, words="text")
+    """after so much time the run saves and ends by itself, "DD:HH:MM:SS"; null: no limit"""
+    log_samples: int = setting(3, minimum=0)
+    """generated responses shown beside the human ones in each iteration; 0: none"""
+    max_skipped_steps: int = setting(3, minimum=0)
+    """steps in a row that may be skipped because the loss or the gradient is NaN or infinite; one more ends the run
+    with a report; 0: the first one does"""
+    hang_timeout: float = setting(1800, minimum=0.0)
+    """seconds without progress of any process after which the run ends, and says where each of them is; longer than
+    reading or writing a checkpoint takes; 0: never"""
     stop_at_equilibrium: EquilibriumConfig = section(
-        "trainer.spin.stop_at_equilibrium",
-        "ends the run before an iteration where all limits that are given are met, measured on held_out_rollouts: the "
-        "model is then hard to tell from the data",
-        EquilibriumConfig,
+        "trainer.spin.stop_at_equilibrium", default_factory=EquilibriumConfig
     )
+    """ends the run before an iteration where all limits that are given are met, measured on held_out_rollouts: the
+    model is then hard to tell from the data"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,29 +108,19 @@ class ParallelConfig:
     sequence_parallel is False when tensor_model_parallel_size is 1, where Megatron ignores it as well.
     """
 
-    num_nodes: int = setting(1, "machines; with more than one, start the processes with torchrun or srun", minimum=1)
-    devices: int = setting(1, "processes on each machine, one per GPU; started for you on a single machine", minimum=1)
-    tensor_model_parallel_size: int = setting(
-        1,
-        "processes that share each layer; null: as the checkpoint was trained, 1 where it does not say",
-        name="model.tensor_model_parallel_size",
-        null=1,
-        minimum=1,
-    )
-    pipeline_model_parallel_size: int = setting(
-        1,
-        "stages that the layers are divided into; the processes left are data parallel; null: as the checkpoint was "
-        "trained",
-        name="model.pipeline_model_parallel_size",
-        null=1,
-        minimum=1,
-    )
-    sequence_parallel: bool = setting(
-        False,
-        "split activations outside of attention and MLP between tensor-parallel processes as well; no effect with one",
-        name="model.sequence_parallel",
-    )
-    accelerator: str = setting("auto", "gpu, cpu, or auto: GPUs when there are any", choices=("auto", "gpu", "cpu"))
+    num_nodes: int = setting(1, minimum=1)
+    """machines; with more than one, start the processes with torchrun or srun"""
+    devices: int = setting(1, minimum=1)
+    """processes on each machine, one per GPU; started for you on a single machine"""
+    tensor_model_parallel_size: int = setting(1, name="model.tensor_model_parallel_size", null=1, minimum=1)
+    """processes that share each layer; null: as the checkpoint was trained, 1 where it does not say"""
+    pipeline_model_parallel_size: int = setting(1, name="model.pipeline_model_parallel_size", null=1, minimum=1)
+    """stages that the layers are divided into; the processes left are data parallel; null: as the checkpoint was
+    trained"""
+    sequence_parallel: bool = setting(False, name="model.sequence_parallel")
+    """split activations outside of attention and MLP between tensor-parallel processes as well; no effect with one"""
+    accelerator: str = setting("auto", choices=("auto", "gpu", "cpu"))
+    """gpu, cpu, or auto: GPUs when there are any"""
 
     @property
     def world_size(self) -> int:
@@ -196,14 +141,14 @@ class ParallelConfig:
 class SchedConfig:
     """`model.optim.sched`: the learning rate over the steps of an iteration (of the run if the optimizer is kept)."""
 
-    name: str = setting(
-        "CosineAnnealing",
-        "CosineAnnealing, LinearAnnealing or Constant, after a linear warm-up",
-        choices=("CosineAnnealing", "LinearAnnealing", "Constant"),
-    )
-    warmup_steps: int = setting(10, "steps until the learning rate has risen to its peak", minimum=0)
-    constant_steps: int = setting(0, "steps at min_lr at the end", minimum=0)
-    min_lr: float = setting(1e-7, "where the decay ends, at most the smallest learning rate", minimum=0.0)
+    name: str = setting("CosineAnnealing", choices=("CosineAnnealing", "LinearAnnealing", "Constant"))
+    """CosineAnnealing, LinearAnnealing or Constant, after a linear warm-up"""
+    warmup_steps: int = setting(10, minimum=0)
+    """steps until the learning rate has risen to its peak"""
+    constant_steps: int = setting(0, minimum=0)
+    """steps at min_lr at the end"""
+    min_lr: float = setting(1e-7, minimum=0.0)
+    """where the decay ends, at most the smallest learning rate"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,29 +157,22 @@ class OptimConfig:
 
     name: str = setting(
         "distributed_fused_adam",
-        "distributed_*: state sharded over data parallelism; or adam, adamw, fused_adam; or rmsprop (torch's; the "
-        "paper's, with weight_decay 0), whose state is not sharded",
         choices=("adam", "adamw", "fused_adam", "distributed_fused_adam", "mcore_distributed_optim", "rmsprop"),
     )
-    lr: tuple[float, ...] = setting(
-        (5e-7,),
-        "peak learning rate: one number, or a list with one per iteration",
-        null=REQUIRED,
-        above=0.0,
-        per_iteration=True,
-    )
-    weight_decay: float = setting(0.1, "share of a weight that a step takes away, times the learning rate", minimum=0.0)
-    betas: tuple[float, float] = setting(
-        (0.9, 0.98),
-        "Adam's decay rates of the gradient's mean and of its square",
-        read=_betas,
-        words="list of numbers",
-    )
-    eps: float = setting(1e-8, "added to the root of the squares' mean", above=0.0)
-    sched: SchedConfig = section(
-        "model.optim.sched", "over the steps of an iteration (of the run, if the optimizer is not reset)", SchedConfig
-    )
-    alpha: float = setting(0.99, "RMSProp's decay rate of the gradient's square", minimum=0.0, below=1.0)
+    """distributed_*: state sharded over data parallelism; or adam, adamw, fused_adam; or rmsprop (torch's; the paper's,
+    with weight_decay 0), whose state is not sharded"""
+    lr: tuple[float, ...] = setting((5e-7,), null=REQUIRED, above=0.0, per_iteration=True)
+    """peak learning rate: one number, or a list with one per iteration"""
+    weight_decay: float = setting(0.1, minimum=0.0)
+    """share of a weight that a step takes away, times the learning rate"""
+    betas: tuple[float, float] = setting((0.9, 0.98), read=_betas, words="list of numbers")
+    """Adam's decay rates of the gradient's mean and of its square"""
+    eps: float = setting(1e-8, above=0.0)
+    """added to the root of the squares' mean"""
+    sched: SchedConfig = section("model.optim.sched", default_factory=SchedConfig)
+    """over the steps of an iteration (of the run, if the optimizer is not reset)"""
+    alpha: float = setting(0.99, minimum=0.0, below=1.0)
+    """RMSProp's decay rate of the gradient's square"""
 
     @property
     def is_rmsprop(self) -> bool:
@@ -253,49 +191,38 @@ class RecomputeConfig:
     """
 
     granularity: str | None = setting(
-        None,
-        "activations computed again in the backward pass, to save memory; null: none; selective: attention; full: "
-        "whole layers",
-        name="model.activations_checkpoint_granularity",
-        choices=("selective", "full"),
+        None, name="model.activations_checkpoint_granularity", choices=("selective", "full")
     )
-    method: str | None = setting(
-        None,
-        "for full: uniform (groups of layers; so is null) or block (the first layers of a stage)",
-        name="model.activations_checkpoint_method",
-        choices=("uniform", "block"),
-    )
-    num_layers: int | None = setting(
-        None,
-        "for full: layers in a group, or layers of each stage; null: 1",
-        name="model.activations_checkpoint_num_layers",
-        minimum=1,
-    )
+    """activations computed again in the backward pass, to save memory; null: none; selective: attention; full: whole
+    layers"""
+    method: str | None = setting(None, name="model.activations_checkpoint_method", choices=("uniform", "block"))
+    """for full: uniform (groups of layers; so is null) or block (the first layers of a stage)"""
+    num_layers: int | None = setting(None, name="model.activations_checkpoint_num_layers", minimum=1)
+    """for full: layers in a group, or layers of each stage; null: 1"""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
     """`exp_manager.checkpoint_callback_params`: which checkpoints stay, and what is written at the end."""
 
-    monitor: str = setting(
-        "val_loss", "metric by which checkpoints are best: " + ", ".join(MONITORS), choices=(*MONITORS,)
-    )
-    mode: str = setting(
-        None, "whether min or max of it is best; null: what suits it", null="min", choices=("min", "max")
-    )
-    save_top_k: int = setting(0, "so many of the best within iterations stay as well; -1: all", minimum=-1)
-    async_save: bool = setting(
-        True, "write while training goes on, from a copy in host memory; false: wait for the disk"
-    )
-    save_best_model: bool = setting(
-        False, "what is written at the end: the weights of the best checkpoint, by monitor; false: the last ones"
-    )
-    save_nemo_on_train_end: bool = setting(True, "write the trained policy as a .nemo at the end")
-    save_nemo2_on_train_end: bool = setting(False, "write it as a NeMo 2 directory")
-    save_megatron_on_train_end: bool = setting(
-        False, "write it as a directory of Megatron-LM and Megatron-Bridge (torch_dist)"
-    )
-    save_hf_on_train_end: bool = setting(False, "write it as a Hugging Face directory (safetensors)")
+    monitor: str = setting("val_loss", choices=(*MONITORS,))
+    """metric by which checkpoints are best: val_loss, val/loss, val/rewards/margins, val/rewards/accuracies"""
+    mode: str = setting(None, null="min", choices=("min", "max"))
+    """whether min or max of it is best; null: what suits it"""
+    save_top_k: int = setting(0, minimum=-1)
+    """so many of the best within iterations stay as well; -1: all"""
+    async_save: bool = setting(True)
+    """write while training goes on, from a copy in host memory; false: wait for the disk"""
+    save_best_model: bool = setting(False)
+    """what is written at the end: the weights of the best checkpoint, by monitor; false: the last ones"""
+    save_nemo_on_train_end: bool = setting(True)
+    """write the trained policy as a .nemo at the end"""
+    save_nemo2_on_train_end: bool = setting(False)
+    """write it as a NeMo 2 directory"""
+    save_megatron_on_train_end: bool = setting(False)
+    """write it as a directory of Megatron-LM and Megatron-Bridge (torch_dist)"""
+    save_hf_on_train_end: bool = setting(False)
+    """write it as a Hugging Face directory (safetensors)"""
 
     @property
     def formats_on_train_end(self) -> list[str]:
@@ -313,29 +240,34 @@ class CheckpointConfig:
 class ExperimentConfig:
     """`exp_manager`: where the run writes, what it goes on from, and its loggers."""
 
-    explicit_log_dir: str | None = setting(
-        None, "directory of the run: checkpoints, rollouts, logs and the final .nemo; null: exp_dir/name"
-    )
-    exp_dir: str | None = setting(
-        None, "with explicit_log_dir null: the run goes to exp_dir/name; null: nemo_experiments"
-    )
-    name: str = setting("megatron_gpt_spin", "name of the experiment")
-    create_tensorboard_logger: bool = setting(True, "events for TensorBoard in the directory of the run")
-    summary_writer_kwargs: Mapping[str, Any] | None = setting(None, "for TensorBoard's writer")
-    create_wandb_logger: bool = setting(False, "log to Weights & Biases")
-    wandb_logger_kwargs: Mapping[str, Any] | None = setting(
-        {"project": "nemo_spin", "name": "megatron_gpt_spin"}, "used when create_wandb_logger is true"
-    )
-    create_mlflow_logger: bool = setting(False, "log to MLflow")
-    mlflow_logger_kwargs: Mapping[str, Any] | None = setting(
-        {"experiment_name": "nemo_spin", "tracking_uri": None},
-        "used when create_mlflow_logger is true; tracking_uri null: MLFLOW_TRACKING_URI, or the directory of the run",
-    )
-    resume_if_exists: bool = setting(True, "resume from the last checkpoint in the directory of the run")
-    resume_ignore_no_checkpoint: bool = setting(True, "start anew when there is none; false: that is an error")
-    files_to_copy: tuple[str, ...] = setting((), "files that NeMo's exp_manager copies into the directory of the run")
-    log_local_rank_0_only: bool = setting(False, "NeMo's log file is written by rank 0 of each machine alone")
-    log_global_rank_0_only: bool = setting(False, "NeMo's log file is written by rank 0 alone")
+    explicit_log_dir: str | None = setting(None)
+    """directory of the run: checkpoints, rollouts, logs and the final .nemo; null: exp_dir/name"""
+    exp_dir: str | None = setting(None)
+    """with explicit_log_dir null: the run goes to exp_dir/name; null: nemo_experiments"""
+    name: str = setting("megatron_gpt_spin")
+    """name of the experiment"""
+    create_tensorboard_logger: bool = setting(True)
+    """events for TensorBoard in the directory of the run"""
+    summary_writer_kwargs: Mapping[str, Any] | None = setting(None)
+    """for TensorBoard's writer"""
+    create_wandb_logger: bool = setting(False)
+    """log to Weights & Biases"""
+    wandb_logger_kwargs: Mapping[str, Any] | None = setting({"project": "nemo_spin", "name": "megatron_gpt_spin"})
+    """used when create_wandb_logger is true"""
+    create_mlflow_logger: bool = setting(False)
+    """log to MLflow"""
+    mlflow_logger_kwargs: Mapping[str, Any] | None = setting({"experiment_name": "nemo_spin", "tracking_uri": None})
+    """used when create_mlflow_logger is true; tracking_uri null: MLFLOW_TRACKING_URI, or the directory of the run"""
+    resume_if_exists: bool = setting(True)
+    """resume from the last checkpoint in the directory of the run"""
+    resume_ignore_no_checkpoint: bool = setting(True)
+    """start anew when there is none; false: that is an error"""
+    files_to_copy: tuple[str, ...] = setting(())
+    """files that NeMo's exp_manager copies into the directory of the run"""
+    log_local_rank_0_only: bool = setting(False)
+    """NeMo's log file is written by rank 0 of each machine alone"""
+    log_global_rank_0_only: bool = setting(False)
+    """NeMo's log file is written by rank 0 alone"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,71 +275,38 @@ class SpinConfig:
     """A whole run. tokenizer: None for the checkpoint's own. validation_ds: None for no validation."""
 
     parallel: ParallelConfig = section("trainer")
-    precision: str = setting(
-        "bf16",
-        "bf16 (the same as bf16-mixed; main parameters in fp32) or 32 (the same as 32-true, fp32)",
-        name="trainer.precision",
-        read=_precision,
-        words="text or whole number",
-    )
+    precision: str = setting("bf16", name="trainer.precision", read=_precision, words="text or whole number")
+    """bf16 (the same as bf16-mixed; main parameters in fp32) or 32 (the same as 32-true, fp32)"""
     experiment: ExperimentConfig = section("exp_manager")
-    checkpoint: CheckpointConfig = section(
-        "exp_manager.checkpoint_callback_params",
-        "the newest checkpoint and the last of every iteration stay in any case",
-    )
+    checkpoint: CheckpointConfig = section("exp_manager.checkpoint_callback_params")
+    """the newest checkpoint and the last of every iteration stay in any case"""
     loop: LoopConfig = section("trainer.spin")
-    restore_from_path: str = setting(
-        REQUIRED,
-        "the SFT model: a checkpoint of NeMo, Megatron or Hugging Face, or a run's directory",
-        name="pretrained_checkpoint.restore_from_path",
-    )
-    micro_batch_size: int = setting(
-        1,
-        "pairs in a forward pass of a data-parallel rank: more is faster and takes more memory",
-        name="model.micro_batch_size",
-        minimum=1,
-    )
-    micro_batch_tokens: int | None = setting(
-        None,
-        "alternative to micro_batch_size: token budget per forward pass (training and reference log-probabilities); a "
-        "pair above the budget runs alone",
-        name="model.micro_batch_tokens",
-        minimum=1,
-    )
-    packed_sequence: bool | None = setting(
-        None,
-        "sequences one behind the other in place of padding; null: packed, but padded with TransformerEngine",
-        name="model.packed_sequence",
-    )
-    global_batch_size: int = setting(
-        64,
-        "pairs in an optimizer step; a multiple of micro_batch_size x data-parallel size",
-        name="model.global_batch_size",
-        null=REQUIRED,
-        minimum=1,
-    )
-    encoder_seq_length: int | None = setting(
-        None, "longest sequence in tokens; null: the checkpoint's", name="model.encoder_seq_length", minimum=2
-    )
-    seed: int = setting(1234, "of the data order and of every generated response", name="model.seed", minimum=0)
-    recompute: RecomputeConfig = section(
-        "model",
-        "The architecture and the tokenizer come from the checkpoint, whatever layout it was saved with.",
-    )
-    tokenizer: TokenizerConfig | None = section(
-        "model.tokenizer",
-        "replaces the checkpoint's own, for example when it cannot be found any more",
-        given_by=("library", "type", "model"),
-    )
+    restore_from_path: str = setting(REQUIRED, name="pretrained_checkpoint.restore_from_path")
+    """the SFT model: a checkpoint of NeMo, Megatron or Hugging Face, or a run's directory"""
+    micro_batch_size: int = setting(1, name="model.micro_batch_size", minimum=1)
+    """pairs in a forward pass of a data-parallel rank: more is faster and takes more memory"""
+    micro_batch_tokens: int | None = setting(None, name="model.micro_batch_tokens", minimum=1)
+    """alternative to micro_batch_size: token budget per forward pass (training and reference log-probabilities); a pair
+    above the budget runs alone"""
+    packed_sequence: bool | None = setting(None, name="model.packed_sequence")
+    """sequences one behind the other in place of padding; null: packed, but padded with TransformerEngine"""
+    global_batch_size: int = setting(64, name="model.global_batch_size", null=REQUIRED, minimum=1)
+    """pairs in an optimizer step; a multiple of micro_batch_size x data-parallel size"""
+    encoder_seq_length: int | None = setting(None, name="model.encoder_seq_length", minimum=2)
+    """longest sequence in tokens; null: the checkpoint's"""
+    seed: int = setting(1234, name="model.seed", minimum=0)
+    """of the data order and of every generated response"""
+    recompute: RecomputeConfig = section("model")
+    """The architecture and the tokenizer come from the checkpoint, whatever layout it was saved with."""
+    tokenizer: TokenizerConfig | None = section("model.tokenizer", given_by=("library", "type", "model"))
+    """replaces the checkpoint's own, for example when it cannot be found any more"""
     spin: AlgorithmConfig = section("model.spin")
-    optim: OptimConfig = section("model.optim", "Adam with decoupled weight decay, or RMSProp")
-    train_ds: DatasetConfig = section(
-        "model.data.train_ds",
-        "Files: JSONL (also compressed: gzip, bzip2, xz, zstandard), parquet, or a directory of datasets.save_to_disk. "
-        'Records: {"input": ..., "output": ...}, {"messages": [...]} in OpenAI\'s form, {"conversations": [...]} in '
-        'NeMo\'s, {"real": [messages], "generated": [messages]}, {"prompt_ids": [...], "response_ids": [...]}; mixed '
-        "if you like.",
-    )
+    optim: OptimConfig = section("model.optim")
+    """Adam with decoupled weight decay, or RMSProp"""
+    train_ds: DatasetConfig = section("model.data.train_ds")
+    """Files: JSONL (also compressed: gzip, bzip2, xz, zstandard), parquet, or a directory of datasets.save_to_disk.
+    Records: {"input": ..., "output": ...}, {"messages": [...]} in OpenAI's form, {"conversations": [...]} in NeMo's,
+    {"real": [messages], "generated": [messages]}, {"prompt_ids": [...], "response_ids": [...]}; mixed if you like."""
     validation_ds: ValidationConfig | None = section(
         "model.data.validation_ds", like="model.data.train_ds", given_by=("file_path",), without="no validation"
     )

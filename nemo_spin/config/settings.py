@@ -1,10 +1,10 @@
 """Declaring settings: a field of a dataclass says of a configuration key all that there is to say.
 
-    max_iterations: int = setting(1, "rounds of self-play", minimum=1, maximum=10_000)
-    sched: SchedConfig = section("model.optim.sched", "over the steps of an iteration")
+    max_iterations: int = setting(1, minimum=1, maximum=10_000)
+    '''rounds of self-play'''
 
-The annotation is the type. From these declarations come the check (`read`), the known keys (`keys`), the shipped YAML
-and docs/configuration.md (`docs/make_configuration.py`).
+The annotation is the type, the text below it the documentation. From these declarations come the check of values
+(`reading`), the known keys (`keys`), conf/gpt_spin.yaml and docs/configuration.md (`docs/make_configuration.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ class Setting:
     """
 
     default: Any
-    doc: str
     null: Any = AS_DEFAULT
     name: str | None = None
     minimum: float | None = None
@@ -70,15 +69,14 @@ class Section:
     """
 
     path: str
-    doc: str = ""
     like: str | None = None
     given_by: tuple[str, ...] = ()
     without: str = ""
 
 
-def setting(default: Any, doc: str, **options: Any) -> Any:
+def setting(default: Any, **options: Any) -> Any:
     """A field that declares a key; options: see `Setting`."""
-    declared = Setting(default, doc, **options)
+    declared = Setting(default, **options)
     metadata = {"setting": declared}
     if declared.is_required:
         return field(metadata=metadata)
@@ -88,18 +86,20 @@ def setting(default: Any, doc: str, **options: Any) -> Any:
     return field(default=value, metadata=metadata)
 
 
-def section(path: str, doc: str = "", default_factory: Any = MISSING, **options: Any) -> Any:
+def section(path: str, default_factory: Any = MISSING, **options: Any) -> Any:
     """A field with a dataclass that declares keys of a section; options: see `Section`."""
-    return field(default_factory=default_factory, metadata={"section": Section(path, doc, **options)})
+    return field(default_factory=default_factory, metadata={"section": Section(path, **options)})
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """A field of a dataclass, as it is declared.
 
-    key: the full key, of a section its path. type: without None, which is_optional says to be allowed as well.
+    owner: the dataclass. key: the full key, of a section its path. type: without None, which is_optional says to be
+        allowed as well.
     """
 
+    owner: type
     field: str
     key: str
     type: Any
@@ -118,9 +118,9 @@ def parts(cls: type, path: str = "") -> Iterator[Part]:
         if isinstance(declared := each.metadata.get("setting"), Setting):
             name = declared.name or each.name
             key = name if "." in name or not path else f"{path}.{name}"
-            yield Part(each.name, key, kind, is_optional, declared)
+            yield Part(cls, each.name, key, kind, is_optional, declared)
         elif isinstance(declared := each.metadata.get("section"), Section):
-            yield Part(each.name, declared.path, kind, is_optional, declared)
+            yield Part(cls, each.name, declared.path, kind, is_optional, declared)
 
 
 @cache
