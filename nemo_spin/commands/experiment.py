@@ -80,8 +80,6 @@ def start(exp: ExperimentConfig, raw: DictConfig, run_dir: Path) -> MetricsLog:
         "create_wandb_logger": exp.create_wandb_logger,
         "wandb_logger_kwargs": exp.wandb_logger_kwargs,
         "files_to_copy": list(exp.files_to_copy) or None,
-        "log_local_rank_0_only": exp.log_local_rank_0_only,
-        "log_global_rank_0_only": exp.log_global_rank_0_only,
     }
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
     # It moves all files of an earlier start into run_0, run_1, ..., and the metrics of a run are in one file.

@@ -264,10 +264,6 @@ class ExperimentConfig:
     """start anew when there is none; false: that is an error"""
     files_to_copy: tuple[str, ...] = setting(())
     """files that NeMo's exp_manager copies into the directory of the run"""
-    log_local_rank_0_only: bool = setting(False)
-    """NeMo's log file is written by rank 0 of each machine alone"""
-    log_global_rank_0_only: bool = setting(False)
-    """NeMo's log file is written by rank 0 alone"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

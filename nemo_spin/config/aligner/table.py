@@ -100,6 +100,7 @@ _NO_EXPERTS = "models with experts are not supported"
 _NO_DROPOUT = "there is no dropout"
 _FILES = "train_ds and validation_ds name their files in file_path"
 _NO_INDEX = "there are no index files; tokenized data is kept in model.data.cache_dir"
+_ONE_LOG = "NeMo's log is written by rank 0 alone"
 _RUN_DIR = "exp_dir/name is the directory of the run"
 _EVERY_EXAMPLE = "every example is used once in an epoch"
 
@@ -128,6 +129,8 @@ TABLE: dict[str, AlignerKey] = {
     "exp_manager.version": _refuse(_NULL, _RUN_DIR),
     "exp_manager.use_datetime_version": _note(_FALSE, _RUN_DIR),
     "exp_manager.resume_from_checkpoint": _refuse(_NULL, "exp_manager.resume_if_exists resumes from the last one"),
+    "exp_manager.log_local_rank_0_only": _refuse(_ANY_FLAG, _ONE_LOG),
+    "exp_manager.log_global_rank_0_only": _refuse(_ANY_FLAG, _ONE_LOG),
     "exp_manager.create_checkpoint_callback": _note(_TRUE, "checkpoints are written in any case"),
     **{
         f"exp_manager.checkpoint_callback_params.{key}": unread
