@@ -1,39 +1,33 @@
-"""The SPIN model as NeMo sees it: a ModelPT that owns the GPT, its optimizer and its reference.
+"""The model that NeMo knows: a ModelPT that holds a GPT and its tokenizer, and reads and writes checkpoints.
 
 It registers the package with NeMo, so that NeMo restores archives that name this class.
 """
 
 from __future__ import annotations
 
-import resource
-from array import array
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from nemo.core.classes import ModelPT
 from nemo.core.classes import common as nemo_common
-from nemo.utils.app_state import AppState
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.config import RecomputeConfig, SamplingParams, SpinConfig
-from nemo_spin.data.example import Example
 from nemo_spin.errors import UserError
 from nemo_spin.generation.choose import make_engine
 from nemo_spin.generation.end_strings import ends_with_any
 from nemo_spin.generation.interface import Engine
-from nemo_spin.megatron import setup, steps
+from nemo_spin.megatron import setup
 from nemo_spin.megatron.architecture import Architecture, check_layout
 from nemo_spin.megatron.gpt import build_gpt
-from nemo_spin.megatron.optimizer import Optimizer
 from nemo_spin.megatron.steps import Batching
 from nemo_spin.model_io.export import Content, LiveWeights
 from nemo_spin.model_io.nemo1.config import architecture_from_nemo1
 from nemo_spin.model_io.nemo_connector import (
     SPINSaveRestoreConnector,
-    by_own_connector,
-    check_before_nemo,
+    after_restoring,
+    being_restored_from,
     check_before_restoring,
 )
 from nemo_spin.model_io.open import open_checkpoint
@@ -41,21 +35,17 @@ from nemo_spin.model_io.stores.interface import EMBEDDING, StoredTensor
 from nemo_spin.model_io.tokenizers import build_tokenizer, check_tokenizer_fits, restore_tokenizer
 from nemo_spin.model_io.tokenizers.description import from_nemo1
 from nemo_spin.model_io.weights import load_weights
-from nemo_spin.selfplay.non_finite import Diagnosis, diagnose
-from nemo_spin.selfplay.pairs import Pair, group_of_example, trainable
-from nemo_spin.selfplay.reference import Reference
-from nemo_spin.selfplay.rollouts.roll_out import Answer, Rollout, roll_out, score
-from nemo_spin.selfplay.step import spin_metrics_of, spin_step
+from nemo_spin.selfplay.megatron_policy import MegatronPolicy
 
 if "nemo_spin." not in nemo_common.ALLOWED_TARGET_PREFIXES:
     nemo_common.ALLOWED_TARGET_PREFIXES.append("nemo_spin.")
 
 
 class MegatronGPTSPINModel(ModelPT):
-    """A GPT in its parallel layout, with what SPIN does to it.
+    """A GPT in its parallel layout, with its tokenizer.
 
     Made by `restore_from` (a NeMo 1 `.nemo`, packed or unpacked, or a NeMo 2 directory, in any layout that divides the
-    model) or, with random weights, from a configuration in NeMo 1's names. For training, call `prepare_training`.
+    model) or, with random weights, from a configuration in NeMo 1's names. `policy` makes what the trainer works on.
 
     gpt: this process's part of the model. architecture: independent of the layout. tokenizer: the checkpoint's, or the
     one that `tokenizer` in an overriding configuration names.
@@ -67,8 +57,7 @@ class MegatronGPTSPINModel(ModelPT):
 
         The process groups, where there are none yet, are made for the layout in cfg.
         """
-        if self._is_model_being_restored() and not by_own_connector.get():
-            check_before_nemo(AppState().nemo_file_folder)
+        folder = being_restored_from(type(self))
         super().__init__(cfg=cfg, trainer=trainer)
         cfg = self._cfg
         if not setup.is_initialized():
@@ -78,17 +67,11 @@ class MegatronGPTSPINModel(ModelPT):
                 cfg.get("seed", 1234),
             )
         self.precision = "bf16" if "bf16" in str(cfg.get("precision")) else "32"
-        if self._is_model_being_restored():
-            folder = AppState().nemo_file_folder
-            self._build_from_checkpoint(folder)
-            if not by_own_connector.get():
-                # NeMo's connector unpacked the archive into this folder of its own, and loads a state_dict from it.
-                # It is not in the archive: NeMo 1 would take it for the weights, and not look at model_weights/.
-                torch.save({}, Path(folder) / "model_weights.ckpt")
-        else:
+        if folder is None:
             self._build_from_config()
-        self.optimizer: Optimizer | None = None
-        self.reference: Reference | None = None
+        else:
+            self._build_from_checkpoint(folder)
+            after_restoring(folder)
 
     def _build_from_checkpoint(self, path: str) -> None:
         with open_checkpoint(path) as source:
@@ -167,144 +150,33 @@ class MegatronGPTSPINModel(ModelPT):
 
     # ------------------------------------------------------------------------------------------ training
 
-    def prepare_training(self, cfg: SpinConfig, context_length: int, stop_ids: frozenset[int]) -> None:
-        """Make optimizer and reference.
+    def policy(self, cfg: SpinConfig, context_length: int, stop_ids: frozenset[int]) -> MegatronPolicy:
+        """This model in self-play: with an optimizer, a reference, and an engine for rollouts.
 
         context_length: most tokens of prompt and response. stop_ids: the ids at which a generated response ends, beside
         `end_strings`.
         """
-        self._context_length = context_length
-        self._loss = cfg.spin.loss
         at_a_time = cfg.micro_batch_tokens, cfg.packed_sequence
-        self._train_batching = self.batching(cfg.micro_batch_size, *at_a_time)
-        self._score_batching = self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time)
-        self._max_new_tokens = cfg.spin.length_params.max_length or context_length
-        self._temperature = cfg.spin.temperature
-        self.optimizer = Optimizer(self.gpt, cfg.optim, cfg.loop.gradient_clip_val)
-        self.reference = Reference(self.gpt, keep_copy=cfg.spin.keeps_reference)
-        self._generator = self.generator(
-            cfg.spin.sampling_params,
-            min_length=cfg.spin.length_params.min_length,
-            stop_ids=stop_ids,
-            seed=cfg.seed,
-            slots=cfg.spin.rollout_batch_size,
-            context_length=context_length,
-            kv_cache_gib=cfg.spin.kv_cache_gib,
-            engine=cfg.spin.generation_engine,
+        return MegatronPolicy(
+            self.gpt,
+            self.tokenizer,
+            cfg,
+            engine=self.generator(
+                cfg.spin.sampling_params,
+                min_length=cfg.spin.length_params.min_length,
+                stop_ids=stop_ids,
+                seed=cfg.seed,
+                slots=cfg.spin.rollout_batch_size,
+                context_length=context_length,
+                kv_cache_gib=cfg.spin.kv_cache_gib,
+                engine=cfg.spin.generation_engine,
+            ),
+            train_batching=self.batching(cfg.micro_batch_size, *at_a_time),
+            score_batching=self.batching(cfg.spin.log_prob_forward_micro_batch_size, *at_a_time),
+            max_new_tokens=cfg.spin.length_params.max_length or context_length,
         )
 
-    def start_schedule(self, lr: float, total_steps: int, steps_done: int, fresh: bool) -> None:
-        """Begin, or go on with, a learning-rate schedule; `fresh` forgets Adam's moments."""
-        self.optimizer.start(lr, total_steps, steps_done, fresh)
-
-    def train_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
-        """One optimizer step on the `trainable` pairs of a global batch; their metrics, as `spin_step` says them."""
-        metrics = spin_step(self.optimizer, trainable(pairs), beta, self._train_batching, self._loss)
-        if not metrics["skipped"]:
-            self.reference.policy_moved()
-        return metrics
-
-    def diagnose(self, pairs: Sequence[Pair]) -> Diagnosis:
-        """What is not finite after a `train_step` that was skipped, on the pairs that it was made on."""
-        return diagnose(self.gpt, pairs, self._train_batching)
-
-    def validation_step(self, examples: Sequence[Example]) -> tuple[float, int]:  # type: ignore[override]
-        """(summed NLL in nats, number) of the response tokens of a global batch."""
-        return steps.sft_nll(self.gpt, [group_of_example(e) for e in examples], self._train_batching)
-
-    def spin_validation_step(self, pairs: Sequence[Pair], beta: float) -> dict[str, float]:
-        """SPIN's metrics of a global batch of held-out pairs, summed over them."""
-        return spin_metrics_of(self.gpt, pairs, beta, self._train_batching, self._loss)
-
-    def peak_memory(self) -> int:
-        """Bytes: the most that this process has held so far, on the GPU, or resident on the CPU."""
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def rollout_settings(self, iteration: int) -> dict[str, Any]:
-        """What the rollouts of an iteration depend on beside weights and prompts, as JSON has it."""
-        return {
-            "precision": self.precision,
-            "max_new_tokens": self._max_new_tokens,
-            **self._generator.settings,
-            # A run that has ended stands at the start of an iteration that it does not have.
-            "temperature": self._temperature[min(iteration, len(self._temperature) - 1)],
-        }
-
-    def roll_out(
-        self,
-        examples: Sequence[Example],
-        iteration: int,
-        progress: Callable[[str, int], None] | None = None,
-        **hooks: Any,
-    ) -> list[Rollout] | None:
-        """The reference's responses to these prompts, at the iteration's temperature, and its log-probabilities of them
-        and of the human ones.
-
-        hooks: `answered`, `finished`, `interrupted` and `num_generations` of `rollouts.roll_out`; None if it was
-        interrupted.
-        """
-        self._generator.temperature = self._temperature[iteration]
-        with self.reference.swapped_in():
-            return roll_out(
-                self.gpt,
-                self._generator,
-                examples,
-                iteration,
-                self._max_new_tokens,
-                self._score_batching,
-                progress,
-                **hooks,
-            )
-
-    def score_given(
-        self,
-        examples: Sequence[Example],
-        answers: Sequence[Sequence[Answer]],
-        progress: Callable[[str, int], None] | None = None,
-    ) -> list[Rollout]:
-        """Rollouts of responses that are there already, scored by the reference; see `rollouts.score`."""
-        with self.reference.swapped_in():
-            return score(self.gpt, examples, answers, self._score_batching, progress)
-
-    def given_answer(self, ids: Sequence[int]) -> Answer:
-        """A response that the data bring along, in place of one that the reference made; not empty."""
-        return Answer(array("i", ids), "stop" if ids[-1] in self._generator.stop_ids else "length")
-
-    def refresh_reference(self) -> str:
-        """The policy becomes the reference. Returns a name of its weights; see `Reference.name`."""
-        self.reference.refresh()
-        return self.reference.name()
-
     # ------------------------------------------------------------------------------------------ saving and restoring
-
-    @property
-    def reference_is_needed(self) -> bool:
-        """Whether a checkpoint has to hold the reference: it differs from the policy and may be swapped in again."""
-        return self.reference.is_away
-
-    def sharded_training_state(self, with_reference: bool, is_loading: bool) -> dict[str, Any]:
-        """Policy, optimizer and, if asked for, reference, as megatron-core shards them."""
-        policy = _without_extra_state(self.gpt.sharded_state_dict())
-        state = {"policy": policy, "optimizer": self.optimizer.sharded_state_dict(policy, is_loading)}
-        if with_reference:
-            prefix = "ref_policy."
-            state["ref_policy"] = _without_extra_state(self.gpt.sharded_state_dict(prefix=prefix))
-            for name, shard in state["ref_policy"].items():
-                shard.data = self.reference.weights[name.removeprefix(prefix)]
-        return state
-
-    def load_training_state(self, state: dict[str, Any], mid_iteration: bool) -> None:
-        """The inverse of `sharded_training_state`. mid_iteration: the policy has moved away from its reference."""
-        self.gpt.load_state_dict(state["policy"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if "ref_policy" in state:
-            self.reference.load({name.removeprefix("ref_policy."): t for name, t in state["ref_policy"].items()})
-        else:
-            self.reference.refresh()
-        if mid_iteration or "ref_policy" in state:
-            self.reference.policy_moved()
 
     def content(self) -> Content:
         """What `export.export` writes, in any format; every process calls that."""
@@ -357,8 +229,3 @@ class MegatronGPTSPINModel(ModelPT):
     def list_available_models(cls) -> list[Any]:
         """None: start from your own SFT checkpoint."""
         return []
-
-
-def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """TransformerEngine keeps fp8 statistics there, which belong to a layout and are not used."""
-    return {name: shard for name, shard in state.items() if not name.endswith("_extra_state")}

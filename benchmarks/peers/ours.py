@@ -31,6 +31,7 @@ from nemo_spin.config import config_dir, parse_config, register_resolvers
 from nemo_spin.generation.interface import GenerationRequest
 from nemo_spin.megatron import setup
 from nemo_spin.model import MegatronGPTSPINModel
+from nemo_spin.selfplay.megatron_policy import MegatronPolicy
 from nemo_spin.selfplay.pairs import Pair
 from nemo_spin.data.example import Example
 from nemo_spin.reporting.console import Reporter
@@ -92,9 +93,9 @@ def examples(texts: workloads.Texts) -> list[Example]:
     return [Example(i, tuple(prompt), tuple(chosen)) for i, (prompt, chosen) in enumerate(both)]
 
 
-def _answers(model: MegatronGPTSPINModel, responses: Sequence[Sequence[int]]) -> list[list[GivenAnswer]]:
+def _answers(policy: MegatronPolicy, responses: Sequence[Sequence[int]]) -> list[list[GivenAnswer]]:
     """One to each example."""
-    return [[model.given_answer(ids)] for ids in responses]
+    return [[policy.given_answer(ids)] for ids in responses]
 
 
 class Side:
@@ -137,8 +138,8 @@ class Side:
         with tempfile.TemporaryDirectory() as scratch:
             cfg = configuration(WORKLOADS[name], Path(data), Path(scratch))
             model = load(cfg)
-            model.prepare_training(parse_config(cfg), WORKLOADS[name].context, frozenset({workloads.EOS_ID}))
-        rollouts = model.score_given(examples(texts)[some], _answers(model, texts.rejected[some]))
+            policy = model.policy(parse_config(cfg), WORKLOADS[name].context, frozenset({workloads.EOS_ID}))
+        rollouts = policy.score_given(examples(texts)[some], _answers(policy, texts.rejected[some]))
         return {
             "chosen": [rollout.ref_chosen_logps for rollout in rollouts],
             "rejected": [rollout.ref_rejected_logps for rollout in rollouts],
@@ -154,16 +155,16 @@ class Side:
         texts = workloads.read(Path(data))
         given = examples(texts)[:count]
         start = time.perf_counter()
-        model.prepare_training(parse_config(cfg), WORKLOADS[name].context, frozenset({workloads.EOS_ID}))
-        rollouts = model.score_given(given, _answers(model, texts.rejected[:count]))
-        model.start_schedule(LEARNING_RATE, len(given) // PAIRS_PER_STEP, 0, fresh=True)
+        policy = model.policy(parse_config(cfg), WORKLOADS[name].context, frozenset({workloads.EOS_ID}))
+        rollouts = policy.score_given(given, _answers(policy, texts.rejected[:count]))
+        policy.start_lr_schedule(LEARNING_RATE, len(given) // PAIRS_PER_STEP, 0, fresh=True)
         pairs = [
             Pair(example, tuple(rollout.rejected_ids), "stop", rollout.ref_chosen_logps, rollout.ref_rejected_logps)
             for example, rollout in zip(given, rollouts, strict=True)
         ]
         set_up = time.perf_counter() - start
         losses = [
-            model.train_step(pairs[first : first + PAIRS_PER_STEP], BETA)["loss"]
+            policy.train_step(pairs[first : first + PAIRS_PER_STEP], BETA)["loss"]
             for first in range(0, len(pairs), PAIRS_PER_STEP)
         ]
         return {"seconds": time.perf_counter() - start, "set_up": set_up, "first_loss": losses[0]}
@@ -176,9 +177,9 @@ class Side:
             inputs = train.preflight(cfg)
             inputs.run_dir.mkdir(parents=True)
             model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=cfg.model)
-            model.prepare_training(inputs.cfg, inputs.context_length, inputs.train_dataset.stop_ids)
+            policy = model.policy(inputs.cfg, inputs.context_length, inputs.train_dataset.stop_ids)
             loaded = time.perf_counter() - start
-            trainer = SPINTrainer(inputs.cfg, model, inputs.train_dataset, None, inputs.run_dir, Reporter(False))
+            trainer = SPINTrainer(inputs.cfg, policy, inputs.train_dataset, None, inputs.run_dir, Reporter(False))
             finished = trainer.fit()
             seconds = time.perf_counter() - start
             watch = dict(trainer.stopwatch.total)

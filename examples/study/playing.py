@@ -103,7 +103,7 @@ def play(
     model = MegatronGPTSPINModel.restore_from(str(start), override_config_path=composed.model)
     data = _load(cfg.train_ds, model, context, cache)
     held_out = None if cfg.validation_ds is None else _load(cfg.validation_ds, model, context, cache)
-    model.prepare_training(cfg, context_length=context, stop_ids=data.stop_ids)
+    policy = model.policy(cfg, context_length=context, stop_ids=data.stop_ids)
     directory.mkdir(parents=True)
     looking = 0.0
 
@@ -114,9 +114,9 @@ def play(
         looking += time.perf_counter() - started
 
     watcher = Watcher(after_iteration)
-    trainer = Player(cfg, model, data, held_out, directory, watcher, Stopping())
+    trainer = Player(cfg, policy, data, held_out, directory, watcher, Stopping())
     trainer.fit()
-    let_go_of(model.optimizer)
+    let_go_of(policy.optimizer)
     return watcher.seconds | {"measuring": looking}
 
 

@@ -147,9 +147,9 @@ def _train(inputs: Inputs, reporter: Reporter, notes: Sequence[str], stopping: S
     beat("loading the model")
     options = {**OmegaConf.to_container(inputs.raw.model, resolve=True), "precision": cfg.precision}
     model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=OmegaConf.create(options))
-    model.prepare_training(cfg, inputs.context_length, inputs.train_dataset.stop_ids)
+    policy = model.policy(cfg, inputs.context_length, inputs.train_dataset.stop_ids)
     trainer = SPINTrainer(
-        cfg, model, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
+        cfg, policy, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
     )
     # Looked up now that no other run writes there, and once: a file system may show machines different things.
     if resume_from := of_first(lambda: experiment.checkpoint_to_resume(cfg.experiment, inputs.run_dir)):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _installed = False
 
@@ -93,6 +94,9 @@ def _patch_cuda_module() -> None:
 
 
 def _patch_tensors() -> None:
+    # `with torch.device(...)` remembers the factories that it acts on, by identity, when it is first used: it has to
+    # know torch's own. transformers' from_pretrained, for one, would leave rotary frequencies uninitialized.
+    _device_constructors()
     for name in ("tensor", "zeros", "empty", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -12,8 +12,9 @@ and a checkpoint holds both, with the earlier responses themselves, from which t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from nemo_spin.config import SpinConfig
 from nemo_spin.data.dataset import SFTDataset
@@ -21,21 +22,35 @@ from nemo_spin.errors import CheckpointError
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.reporting.events import Sample
 from nemo_spin.selfplay.pairs import Pair, Selection
-from nemo_spin.selfplay.replay import Mixture
+from nemo_spin.selfplay.policy import Policy
+from nemo_spin.selfplay.replay import Replay
 from nemo_spin.selfplay.rollouts.iteration import Given, IterationRollouts
 from nemo_spin.selfplay.rollouts.roll_out import Answer
 from nemo_spin.selfplay.rollouts.store import RolloutStore
 
-if TYPE_CHECKING:
-    from nemo_spin.model import MegatronGPTSPINModel
-
 
 class PairId(NamedTuple):
-    """A row of `Mixture.epoch`. age: 0 for the iteration's own generation. number: among the pairs of the example."""
+    """A row of `Replay.epoch`. age: 0 for the iteration's own generation. number: among the pairs of the example."""
 
     age: int
     index: int
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Which pairs a global batch has, and the epoch of its iteration that it belongs to."""
+
+    epoch: int
+    pairs: list[PairId]
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """A global batch with the reference's responses."""
+
+    epoch: int
+    pairs: list[Pair]
 
 
 class IterationPairs:
@@ -47,22 +62,22 @@ class IterationPairs:
     def __init__(
         self,
         cfg: SpinConfig,
-        model: MegatronGPTSPINModel,
+        policy: Policy,
         dataset: SFTDataset,
-        mixture: Mixture,
+        replay: Replay,
         directory: Path,
         reporter: Reporter,
         interrupted: Callable[[], bool] | None = None,
     ) -> None:
         """directory: gets a directory for each iteration. interrupted: see `Engine.generate`."""
-        self._cfg, self._model, self._dataset, self._mixture, self._directory = cfg, model, dataset, mixture, directory
+        self._cfg, self._policy, self._dataset, self._replay, self._directory = cfg, policy, dataset, replay, directory
         spin = cfg.spin
         selection = Selection(spin.rejected_selection, spin.loss.preference_average_log_probs)
         self.generated = IterationRollouts(
-            cfg, model, dataset, directory, reporter, interrupted, False, spin.num_generations, selection
+            cfg, policy, dataset, directory, reporter, interrupted, False, spin.num_generations, selection
         )
         self._replays = [
-            IterationRollouts(cfg, model, dataset, directory, reporter, num_generations=spin.pairs_per_example)
+            IterationRollouts(cfg, policy, dataset, directory, reporter, num_generations=spin.pairs_per_example)
             for _ in range(spin.replay_iterations)
         ]
         # iteration -> what its reference has made
@@ -86,7 +101,7 @@ class IterationPairs:
         checkpointed, self._checkpointed = self._checkpointed, {}
         if self._iteration == iteration - 1:
             self._earlier[iteration - 1] = self.generated.store
-        generations = {iteration - age for age in self._mixture.ages(iteration)}
+        generations = {iteration - age for age in self._replay.ages(iteration)}
         kept, self._earlier = self._earlier, {}
         for generation in sorted(generations, reverse=True):
             store = kept.get(generation)
@@ -105,7 +120,7 @@ class IterationPairs:
             return None
 
         def answers(index: int) -> list[Answer]:
-            return [self._model.given_answer(self._dataset.given_rejected(index))]
+            return [self._policy.given_answer(self._dataset.given_rejected(index))]
 
         return Given("given", answers)
 
@@ -119,10 +134,10 @@ class IterationPairs:
             )
         files = checkpointed.get(_earlier_kind(generation), ())
         store = RolloutStore.recalled(
-            self._directory / f"iteration-{generation:03d}", files, self._dataset, self._model.tokenizer.decode,
+            self._directory / f"iteration-{generation:03d}", files, self._dataset, self._policy.decode,
             self.generated.num_generations, self.generated.selection,
         )  # fmt: skip
-        wanted = [self._mixture.examples(generation, e) for e in range(self._mixture.max_epochs[generation])]
+        wanted = [self._replay.examples(generation, e) for e in range(self._replay.max_epochs[generation])]
         if missing := store.missing({index for indices in wanted for index in indices.tolist()}):
             raise CheckpointError(
                 f"The checkpoint lacks {len(missing)} responses of iteration {generation}, which "

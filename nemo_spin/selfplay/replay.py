@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_spin.config import SpinConfig
 from nemo_spin.data.order import Share, epoch_order, epoch_size, num_batches, permutation
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
+class Replay:
     """The pairs of every epoch of a run.
 
     shares: of the data files in an epoch. max_epochs: of each iteration. limit_train_batches: of the iteration's own
@@ -34,6 +35,15 @@ class Mixture:
     replay_weights: Sequence[float]
     seed: int
     shuffle: bool
+
+    @classmethod
+    def of_run(cls, cfg: SpinConfig, shares: Sequence[Share]) -> Replay:
+        """shares: of the training data."""
+        loop, spin = cfg.loop, cfg.spin
+        return cls(
+            shares, cfg.global_batch_size, loop.max_epochs, loop.limit_train_batches,
+            spin.pairs_per_example, spin.replay_weights, cfg.seed, cfg.train_ds.shuffle,
+        )  # fmt: skip
 
     @property
     def examples_per_epoch(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +15,8 @@ from nemo_spin.data.example import Example
 from nemo_spin.data.order import index_batches
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.runtime.kill_points import reached
+from nemo_spin.selfplay.policy import Policy
 from nemo_spin.selfplay.rollouts.iteration import IterationRollouts
-
-if TYPE_CHECKING:
-    from nemo_spin.model import MegatronGPTSPINModel
 
 # Held-out examples draw other random numbers than those of the training data.
 _FIRST_INDEX = 1 << 40
@@ -43,16 +40,16 @@ class Validation:
     def __init__(
         self,
         cfg: SpinConfig,
-        model: MegatronGPTSPINModel,
+        policy: Policy,
         dataset: SFTDataset | None,
         directory: Path,
         reporter: Reporter,
         interrupted: Callable[[], bool] | None = None,
     ) -> None:
         """dataset: None for no validation. directory: gets the rollouts. interrupted: see `Engine.generate`."""
-        self.cfg, self.model, self.dataset = cfg, model, dataset
+        self.cfg, self.policy, self.dataset = cfg, policy, dataset
         self.held_out = HeldOut(dataset, cfg.spin.held_out_rollouts)
-        self.rollouts = IterationRollouts(cfg, model, self.held_out, directory, reporter, interrupted, held_out=True)
+        self.rollouts = IterationRollouts(cfg, policy, self.held_out, directory, reporter, interrupted, held_out=True)
 
     def make_rollouts(self, stop: Callable[[], bool]) -> bool:
         """Let the reference respond to the first prompts of the data, unless it has, or was not asked to.
@@ -68,7 +65,7 @@ class Validation:
     def _nll(self) -> dict[str, float]:
         total_nll, total_tokens = 0.0, 0
         for indices in self._batches(len(self.dataset), self.cfg.loop.limit_val_batches):
-            nll, tokens = self.model.validation_step([self.dataset[i] for i in indices.tolist()])
+            nll, tokens = self.policy.validation_step([self.dataset[i] for i in indices.tolist()])
             reached("validation/batch")
             total_nll, total_tokens = total_nll + nll, total_tokens + tokens
         return {"val_loss": total_nll / total_tokens} if total_tokens else {}
@@ -81,7 +78,7 @@ class Validation:
         pairs = [self.rollouts.pair(index) for index in indices]
         totals: dict[str, float] = {}
         for indices in self._batches(len(pairs)):
-            for name, value in self.model.spin_validation_step([pairs[i] for i in indices.tolist()], beta).items():
+            for name, value in self.policy.spin_validation_step([pairs[i] for i in indices.tolist()], beta).items():
                 totals[name] = totals.get(name, 0.0) + value
         return {f"val/{name}": total / len(pairs) for name, total in totals.items()}
 

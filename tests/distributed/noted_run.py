@@ -29,8 +29,8 @@ _PHASES = (
     ("nemo_spin.trainer", "SPINTrainer.train_step", "training step"),
     ("nemo_spin.trainer", "SPINTrainer.validate", "validation"),
     ("nemo_spin.trainer", "SPINTrainer.save", "saving"),
-    ("nemo_spin.model", "MegatronGPTSPINModel.roll_out", "rollouts"),
-    ("nemo_spin.model", "MegatronGPTSPINModel.refresh_reference", "reference refresh"),
+    ("nemo_spin.selfplay.megatron_policy", "MegatronPolicy.roll_out", "rollouts"),
+    ("nemo_spin.selfplay.megatron_policy", "MegatronPolicy.refresh_reference", "reference refresh"),
     ("nemo_spin.commands.train", "export", "export"),
     ("nemo_spin.commands.train", "write_report", "report"),
 )
@@ -115,7 +115,7 @@ def _take_notes(notes: Notes, directory: Path) -> None:
             notes.add("fit", step=trainer.progress.step, iteration=trainer.progress.iteration)
         finished = original(trainer)
         if finished:
-            torch.save(shards_of(trainer.model), directory / f"weights-{os.environ['RANK']}.pt")
+            torch.save(shards_of(trainer.policy), directory / f"weights-{os.environ['RANK']}.pt")
         return finished
 
     parameters = inspect.signature(Generator.generate)

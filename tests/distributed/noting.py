@@ -12,9 +12,9 @@ import torch
 from runs import InterruptedRunError, training_run
 
 from nemo_spin.generation.engine import Generator
-from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.runtime.stopping import Stopping
+from nemo_spin.selfplay.megatron_policy import MegatronPolicy
 from nemo_spin.selfplay.pairs import Pair
 from nemo_spin.selfplay.rollouts import iteration as iteration_rollouts
 from nemo_spin.selfplay.rollouts import part
@@ -97,7 +97,7 @@ def noted_run(
         mock.patch.object(iteration_rollouts, "_CHUNK", 2),
         mock.patch.object(part, "os", disk),
         mock.patch.object(Generator, "generate", notes.generate(Generator.generate)),
-        mock.patch.object(MegatronGPTSPINModel, "train_step", notes.train_step(MegatronGPTSPINModel.train_step)),
+        mock.patch.object(MegatronPolicy, "train_step", notes.train_step(MegatronPolicy.train_step)),
         mock.patch.object(Stopping, "ask", lambda stopping: notes.ask(stopping)),
         mock.patch.object(Stopping, "interrupted", notes.interrupted),
         mock.patch.object(Reporter, "say", lambda _, message: notes.said.append(message)),

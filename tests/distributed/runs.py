@@ -153,12 +153,12 @@ def training_run(
     cfg = parse_config(OmegaConf.to_container(base, resolve=True))
     model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=base.model)
     dataset = load_dataset(DatasetConfig((str(data),)), model.tokenizer, 64)
-    model.prepare_training(cfg, context_length=64, stop_ids=dataset.stop_ids)
+    policy = model.policy(cfg, context_length=64, stop_ids=dataset.stop_ids)
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     log = MetricsLog(Path(run_dir) / FILE_NAME) if torch.distributed.get_rank() == 0 else None
     reporter = InterruptingReporter(interrupt_after, log)
     stopping = None if stop_after is None else CountedQuestions(stop_after)
-    trainer = SPINTrainer(cfg, model, dataset, dataset, Path(run_dir), reporter, stopping)
+    trainer = SPINTrainer(cfg, policy, dataset, dataset, Path(run_dir), reporter, stopping)
     if resume:
         trainer.resume(trainer.checkpoints.latest())
     finished = False

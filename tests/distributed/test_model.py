@@ -147,12 +147,12 @@ def roll_out_at(path: str, temperatures: Any) -> tuple[list[float], list[list[tu
         OmegaConf.update(base, key, value)
     model = MegatronGPTSPINModel.restore_from(path, override_config_path=base.model)
     cfg = parse_config(OmegaConf.to_container(base, resolve=True))
-    model.prepare_training(cfg, context_length=64, stop_ids=frozenset())
+    policy = model.policy(cfg, context_length=64, stop_ids=frozenset())
     # Before anything is generated, as a run asks; and in any order.
-    settings = [model.rollout_settings(iteration)["temperature"] for iteration in (0, 1)]
+    settings = [policy.rollout_settings(iteration)["temperature"] for iteration in (0, 1)]
     data = examples(vocab_size=28)
-    responses = {i: [tuple(r.rejected_ids) for r in model.roll_out(data, i)] for i in (1, 0)}
-    assert [model.rollout_settings(iteration)["temperature"] for iteration in (0, 1)] == settings
+    responses = {i: [tuple(r.rejected_ids) for r in policy.roll_out(data, i)] for i in (1, 0)}
+    assert [policy.rollout_settings(iteration)["temperature"] for iteration in (0, 1)] == settings
     return settings, [responses[0], responses[1]]
 
 

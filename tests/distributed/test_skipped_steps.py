@@ -248,9 +248,9 @@ def run_with_bad_scores(
     *args: Any, indices: range | tuple[int, ...], shift: float = math.nan, bad: tuple[int, ...] = (), **kwargs: Any
 ) -> dict[str, Any]:
     """The reference's log-probabilities of some pairs are off by `shift`."""
-    from nemo_spin.model import MegatronGPTSPINModel
+    from nemo_spin.selfplay.megatron_policy import MegatronPolicy
 
-    right = MegatronGPTSPINModel.roll_out
+    right = MegatronPolicy.roll_out
 
     def roll_out(*args: Any, **kwargs: Any) -> list:
         return [
@@ -258,11 +258,11 @@ def run_with_bad_scores(
             for r in right(*args, **kwargs)
         ]
 
-    MegatronGPTSPINModel.roll_out = roll_out
+    MegatronPolicy.roll_out = roll_out
     try:
         return run_with_bad_steps(*args, bad=bad, **kwargs)
     finally:
-        MegatronGPTSPINModel.roll_out = right
+        MegatronPolicy.roll_out = right
 
 
 def test_pairs_without_a_finite_reference_are_left_out(workers: Any, inputs: tuple[str, str], tmp_path: Path) -> None:

@@ -282,9 +282,9 @@ def a_run_whose_rollouts_are_wrong(checkpoint: str, data: str, run_dir: str) -> 
     import dataclasses
 
     from nemo_spin.errors import UserError
-    from nemo_spin.model import MegatronGPTSPINModel
+    from nemo_spin.selfplay.megatron_policy import MegatronPolicy
 
-    right = MegatronGPTSPINModel.roll_out
+    right = MegatronPolicy.roll_out
 
     def wrong(*args: Any, **hooks: Any) -> list:
         # As if the stop token were missing from the mask of chosen and rejected alike: the margin hardly shows it.
@@ -297,13 +297,13 @@ def a_run_whose_rollouts_are_wrong(checkpoint: str, data: str, run_dir: str) -> 
             for rollout in right(*args, **hooks)
         ]
 
-    MegatronGPTSPINModel.roll_out = wrong
+    MegatronPolicy.roll_out = wrong
     try:
         training_run(checkpoint, data, run_dir)
     except UserError as error:
         return str(error)
     finally:
-        MegatronGPTSPINModel.roll_out = right
+        MegatronPolicy.roll_out = right
     return ""
 
 

@@ -30,10 +30,10 @@ import os, sys, time
 from nemo_spin.cli.main import main
 if __name__ == "__main__":
     if os.environ.get("RANK") == "1":
-        from nemo_spin.model import MegatronGPTSPINModel
+        from nemo_spin.selfplay.megatron_policy import MegatronPolicy
 
         steps = []
-        train_step = MegatronGPTSPINModel.train_step
+        train_step = MegatronPolicy.train_step
 
         def fall_asleep(*args):
             steps.append(1)
@@ -41,7 +41,7 @@ if __name__ == "__main__":
                 time.sleep(3600)
             return train_step(*args)
 
-        MegatronGPTSPINModel.train_step = fall_asleep
+        MegatronPolicy.train_step = fall_asleep
     sys.exit(main())
 """
 

@@ -15,6 +15,10 @@ from nemo_spin.cli.main import COMMANDS, _parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+# Directories of checkpoints and of runs.
+FILES_OF_OTHERS = frozenset(
+    "weights/ context/ rollouts/ checkpoints/ model_weights/ shards/ held_out/ tokenizer/".split()
+)
 VARIABLES = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
 
 
@@ -47,6 +51,15 @@ def test_commands_are_found() -> None:
     commands = [command for page in PAGES for command in commands_of(page)]
     assert {command[0] for command in commands} <= {module.__name__.rpartition(".")[2] for module in COMMANDS}
     assert sum(command[0] == "train" for command in commands) >= 5
+
+
+def test_modules_and_folders_that_are_named_exist() -> None:
+    """In docs/code.md, and in docstrings and comments of the package: `folder/module.py`, `folder/`."""
+    roots = (REPOSITORY, REPOSITORY / "nemo_spin")
+    for path in [REPOSITORY / "docs" / "code.md", *(REPOSITORY / "nemo_spin").rglob("*.py")]:
+        for name in re.findall(r"`((?:[a-z_0-9]+/)+(?:[a-z_0-9]+\.py)?)`", path.read_text(encoding="utf-8")):
+            if name not in FILES_OF_OTHERS and not any((root / name).exists() for root in (*roots, path.parent)):
+                pytest.fail(f"{path}: {name} does not exist")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,14 +1,16 @@
-"""How many steps a run has, how many are left, and what is due after which: arithmetic on counts."""
+"""How many steps a run has, how many are left, what is due after which, and the settings that these counts rest on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from nemo_spin.config.schema import LoopConfig
+from nemo_spin.config import LoopConfig, SpinConfig
+from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.runtime.progress import Progress
 
 
-class Plan:
+class Schedule:
     """The steps of a run. A step is a global batch, the last one of an epoch may be smaller."""
 
     def __init__(
@@ -67,3 +69,26 @@ class Plan:
         if isinstance(interval, float):
             interval = max(round(interval * self.batches_per_epoch(progress.iteration)), 1)
         return interval > 0 and progress.iteration_step % interval == 0
+
+
+def resume_settings(cfg: SpinConfig, dataset: SFTDataset, schedule: Schedule, iteration: int) -> dict[str, int | str]:
+    """Settings that must match when a run resumes within this iteration, by the names that people know.
+
+    They give the counts of steps and rollouts of an iteration their meaning.
+    """
+    # Where the run has ended, at the end of its last iteration, another one may follow.
+    iteration = min(iteration, cfg.loop.max_iterations - 1)
+    sampling = replace(cfg.spin.sampling_params, temperature=cfg.spin.temperature[iteration])
+    return {
+        "model.seed": cfg.seed,
+        "model.global_batch_size": cfg.global_batch_size,
+        "number of training examples": len(dataset),
+        "training examples of digest": dataset.digest,
+        "model.data.train_ds.weights": str(cfg.train_ds.weights),
+        "steps of an iteration": schedule.steps_per_iteration(iteration),
+        "model.spin.sampling_params": str(sampling),
+        "model.spin.length_params": str(cfg.spin.length_params),
+        "model.spin.num_generations": cfg.spin.num_generations,
+        "model.spin.rejected_selection": cfg.spin.rejected_selection,
+        "model.spin.replay_weights": str(cfg.spin.replay_weights[:iteration]),
+    }

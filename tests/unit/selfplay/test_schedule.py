@@ -8,7 +8,7 @@ import pytest
 
 from nemo_spin.config import EquilibriumConfig, LoopConfig
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.plan import Plan
+from nemo_spin.selfplay.schedule import Schedule
 
 LOOP = LoopConfig(
     max_iterations=3, max_epochs=(2, 2, 2), max_steps=-1, val_check_interval=0, save_interval=0,
@@ -17,8 +17,8 @@ LOOP = LoopConfig(
 )  # fmt: skip
 
 
-def plan(pairs: tuple[int, ...] = (100, 100, 100), window: int | None = None, **loop: object) -> Plan:
-    return Plan(dataclasses.replace(LOOP, **loop), 8, pairs, window)
+def plan(pairs: tuple[int, ...] = (100, 100, 100), window: int | None = None, **loop: object) -> Schedule:
+    return Schedule(dataclasses.replace(LOOP, **loop), 8, pairs, window)
 
 
 def test_the_last_batch_of_an_epoch_may_be_smaller() -> None:
