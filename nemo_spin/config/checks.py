@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 
 from nemo_spin.config.dataset import DatasetConfig
 from nemo_spin.config.prompt_template import check_template, check_truncation_field
@@ -16,25 +15,17 @@ _Check = Callable[[SpinConfig, _Wrong], Iterator[ConfigError]]
 _SPIN = "model.spin"
 _SAMPLING = "model.spin.sampling_params"
 _CALLBACK = "exp_manager.checkpoint_callback_params"
-_LAYOUT = (
-    "trainer.devices", "trainer.num_nodes", "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size",
-)  # fmt: skip
+_EQUILIBRIUM = "trainer.spin.stop_at_equilibrium"
+_TRAIN, _VALIDATION = "model.data.train_ds", "model.data.validation_ds"
+
+_CHECKS: list[tuple[frozenset[str], _Check]] = []
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    keys: frozenset[str]
-    check: _Check
-
-
-_RULES: list[_Rule] = []
-
-
-def _concerns(*keys: str) -> Callable[[_Check], _Check]:
+def _concerns(keys: str) -> Callable[[_Check], _Check]:
     """Of a check: the keys that it looks at. It is left out where one of them is wrong already."""
 
     def register(check: _Check) -> _Check:
-        _RULES.append(_Rule(frozenset(keys), check))
+        _CHECKS.append((frozenset(keys.split()), check))
         return check
 
     return register
@@ -42,9 +33,9 @@ def _concerns(*keys: str) -> Callable[[_Check], _Check]:
 
 def contradictions(cfg: SpinConfig, wrong: _Wrong, known: Collection[str]) -> Iterator[ConfigError]:
     """What does not fit together. known: the keys that are wrong already."""
-    for rule in _RULES:
-        if rule.keys.isdisjoint(known):
-            yield from rule.check(cfg, wrong)
+    for keys, check in _CHECKS:
+        if keys.isdisjoint(known):
+            yield from check(cfg, wrong)
 
 
 @_concerns("trainer.spin.max_steps")
@@ -53,7 +44,10 @@ def _steps(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         yield wrong("trainer.spin.max_steps", "use -1 for no limit, or at least 1")
 
 
-@_concerns(*_LAYOUT, "model.global_batch_size", "model.micro_batch_size")
+@_concerns(
+    "trainer.devices trainer.num_nodes model.tensor_model_parallel_size model.pipeline_model_parallel_size "
+    "model.global_batch_size model.micro_batch_size"
+)
 def _layout(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     parallel = cfg.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -73,7 +67,7 @@ def _layout(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         )
 
 
-@_concerns("model.spin.rollout_window", "model.global_batch_size")
+@_concerns("model.spin.rollout_window model.global_batch_size")
 def _window(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     if (cfg.spin.rollout_window or 0) % cfg.global_batch_size:
         yield wrong(
@@ -81,7 +75,7 @@ def _window(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         )
 
 
-@_concerns(*(f"{_SAMPLING}.{name}" for name in ("use_greedy", "temperature", "top_k", "top_p")))
+@_concerns(f"{_SAMPLING}.use_greedy {_SAMPLING}.temperature {_SAMPLING}.top_k {_SAMPLING}.top_p")
 def _greedy(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     sampling = cfg.spin.sampling_params
     if sampling.use_greedy:
@@ -93,9 +87,8 @@ def _greedy(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
 
 
 @_concerns(
-    f"{_SPIN}.num_generations", f"{_SPIN}.rejected_selection", f"{_SPIN}.first_rollouts_from_data",
-    f"{_SAMPLING}.use_greedy",
-)  # fmt: skip
+    f"{_SPIN}.num_generations {_SPIN}.rejected_selection {_SPIN}.first_rollouts_from_data {_SAMPLING}.use_greedy"
+)
 def _generations(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     number = f"{_SPIN}.num_generations"
     if cfg.spin.num_generations > 1 and cfg.spin.sampling_params.use_greedy:
@@ -107,7 +100,7 @@ def _generations(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         yield wrong(key, "with num_generations = 1 there is nothing to choose from; use all")
 
 
-@_concerns(f"{_SPIN}.replay_iterations", f"{_SPIN}.replay_weights", "trainer.spin.max_iterations")
+@_concerns(f"{_SPIN}.replay_iterations {_SPIN}.replay_weights trainer.spin.max_iterations")
 def _replay(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     number, weights, iterations = cfg.spin.replay_iterations, cfg.spin.replay_weights, cfg.loop.max_iterations
     if number > max(1, iterations - 1):
@@ -123,7 +116,7 @@ def _replay(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         )
 
 
-@_concerns(f"{_SPIN}.length_params.max_length", f"{_SPIN}.length_params.min_length")
+@_concerns(f"{_SPIN}.length_params.max_length {_SPIN}.length_params.min_length")
 def _lengths(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     lengths = cfg.spin.length_params
     if 0 < lengths.max_length < lengths.min_length:
@@ -131,13 +124,13 @@ def _lengths(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         yield wrong(key, f"it must not be above max_length = {lengths.max_length}")
 
 
-@_concerns("model.optim.lr", "model.optim.sched.min_lr")
+@_concerns("model.optim.lr model.optim.sched.min_lr")
 def _learning_rates(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     if cfg.optim.sched.min_lr > (least := min(cfg.optim.lr)):
         yield wrong("model.optim.sched.min_lr", f"it must not be above the learning rate model.optim.lr = {least}")
 
 
-@_concerns("model.optim.name", "model.optim.weight_decay")
+@_concerns("model.optim.name model.optim.weight_decay")
 def _rmsprop(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     if cfg.optim.is_rmsprop and cfg.optim.weight_decay:
         key = "model.optim.weight_decay"
@@ -145,11 +138,11 @@ def _rmsprop(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
 
 
 @_concerns(
-    f"{_SPIN}.held_out_rollouts", f"{_SPIN}.refresh_reference",
-    *(f"trainer.spin.stop_at_equilibrium.{name}" for name in ("accuracy", "logps_gap", "exact_match", "token_overlap")),
-)  # fmt: skip
+    f"{_SPIN}.held_out_rollouts {_SPIN}.refresh_reference {_EQUILIBRIUM}.accuracy {_EQUILIBRIUM}.logps_gap "
+    f"{_EQUILIBRIUM}.exact_match {_EQUILIBRIUM}.token_overlap"
+)
 def _equilibrium(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
-    key = "trainer.spin.stop_at_equilibrium"
+    key = _EQUILIBRIUM
     if cfg.loop.stop_at_equilibrium.is_asked_for and not cfg.spin.held_out_rollouts:
         yield ConfigError(f"{key} needs held-out responses: set model.spin.held_out_rollouts above 0.", key)
     elif cfg.loop.stop_at_equilibrium.is_asked_for and not cfg.spin.refresh_reference:
@@ -160,7 +153,7 @@ def _equilibrium(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         )
 
 
-@_concerns(f"{_SPIN}.held_out_rollouts", "model.data.validation_ds.file_path")
+@_concerns(f"{_SPIN}.held_out_rollouts {_VALIDATION}.file_path")
 def _held_out(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     number = cfg.spin.held_out_rollouts
     if number and cfg.validation_ds is None:
@@ -171,17 +164,14 @@ def _held_out(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         )
 
 
-@_concerns(f"{_CALLBACK}.monitor", f"{_SPIN}.held_out_rollouts")
+@_concerns(f"{_CALLBACK}.monitor {_SPIN}.held_out_rollouts")
 def _monitor(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     if cfg.checkpoint.monitor != "val_loss" and not cfg.spin.held_out_rollouts:
         key = f"{_CALLBACK}.monitor"
         yield wrong(key, "it needs model.spin.held_out_rollouts above 0; use val_loss without")
 
 
-@_concerns(
-    f"{_CALLBACK}.save_best_model", f"{_CALLBACK}.monitor", "trainer.spin.limit_val_batches",
-    "model.data.validation_ds.file_path",
-)  # fmt: skip
+@_concerns(f"{_CALLBACK}.save_best_model {_CALLBACK}.monitor trainer.spin.limit_val_batches {_VALIDATION}.file_path")
 def _best_model(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     missing = None
     if cfg.validation_ds is None:
@@ -195,7 +185,7 @@ def _best_model(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         )
 
 
-@_concerns("model.data.train_ds.weights", "model.data.train_ds.file_path")
+@_concerns(f"{_TRAIN}.weights {_TRAIN}.file_path")
 def _file_weights(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     weights, number = cfg.train_ds.weights, len(cfg.train_ds.file_path)
     if weights is not None and (len(weights) != number or not all(weight > 0 for weight in weights)):
@@ -203,18 +193,17 @@ def _file_weights(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
         yield wrong(key, f"give a number above 0 for each file of file_path, of which there are {number}")
 
 
-_TEMPLATE = ("prompt_template", "label_key", "overlong", "truncation_field")
-
-
-@_concerns(*(f"model.data.train_ds.{name}" for name in _TEMPLATE))
+@_concerns(f"{_TRAIN}.prompt_template {_TRAIN}.label_key {_TRAIN}.overlong {_TRAIN}.truncation_field")
 def _training_template(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
-    yield from _template(cfg.train_ds, "model.data.train_ds")
+    yield from _template(cfg.train_ds, _TRAIN)
 
 
-@_concerns(*(f"model.data.validation_ds.{name}" for name in _TEMPLATE))
+@_concerns(
+    f"{_VALIDATION}.prompt_template {_VALIDATION}.label_key {_VALIDATION}.overlong {_VALIDATION}.truncation_field"
+)
 def _validation_template(cfg: SpinConfig, wrong: _Wrong) -> Iterator[ConfigError]:
     if cfg.validation_ds is not None:
-        yield from _template(cfg.validation_ds, "model.data.validation_ds")
+        yield from _template(cfg.validation_ds, _VALIDATION)
 
 
 def _template(dataset: DatasetConfig, path: str) -> Iterator[ConfigError]:

@@ -57,12 +57,6 @@ def problems(cfg: Mapping[str, Any]) -> Iterator[ConfigError]:
                 yield ConfigError(f"{key} = {in_words(value)} is not supported, {TABLE[key].reason}: remove it.", key)
 
 
-def check_keys(cfg: Mapping[str, Any]) -> None:
-    """Raise the first of `problems`."""
-    for error in problems(cfg):
-        raise error
-
-
 def unknown(section: str, key: str) -> ConfigError:
     """The error for a key that a section may not have, with the nearest one that it may."""
     path = f"{section}.{key}".lstrip(".")

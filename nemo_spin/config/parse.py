@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_spin.config.aligner.translate import put, translate
+from nemo_spin.config.aligner.translate import put, translate, translations
 from nemo_spin.config.checks import contradictions
-from nemo_spin.config.keys import KEYS, check_keys
+from nemo_spin.config.keys import KEYS, problems
 from nemo_spin.config.plain import check_plain
 from nemo_spin.config.reading import Reader, at
 from nemo_spin.config.schema import MONITORS, RecomputeConfig, SpinConfig
@@ -45,36 +46,42 @@ def parse_config(cfg: Mapping[str, Any]) -> SpinConfig:
     cfg: hydra's DictConfig, or plain mappings; interpolations are resolved. Reads no file and needs no process group.
     Raises ConfigError that names the key and says what to change.
     """
-    cfg = resolved(cfg)
-    check_keys(cfg)
-    return parse_known(translate(cfg))
-
-
-def parse_known(cfg: Mapping[str, Any]) -> SpinConfig:
-    """`parse_config` for a resolved configuration whose keys are checked and translated."""
-    config, errors = judged(cfg)
+    config, errors = judged(resolved(cfg))
     for error in errors:
         raise error
     return config
 
 
 def judged(cfg: Mapping[str, Any]) -> tuple[SpinConfig, list[ConfigError]]:
-    """A resolved configuration whose keys are checked and translated, and everything for which its values are refused.
-
-    With errors the first part is of no use.
-    """
-    reader = Reader(cfg)
-    config = _completed(reader.read(SpinConfig), cfg, reader)
+    """A resolved configuration, and everything for which it is refused; with errors the first part is of no use."""
+    errors = list(problems(cfg))
+    known = _without(cfg, errors)
+    sources = {found.target: found.key for found in translations(known)}
+    reader = Reader(translate(known))
+    config = _completed(reader.read(SpinConfig), reader)
     wrong = {error.key or "" for error in reader.errors}
-    return config, [*reader.errors, *contradictions(config, reader.error, wrong)]
+    for error in [*reader.errors, *contradictions(config, reader.error, wrong)]:
+        error.key = sources.get(error.key or "", error.key)
+        errors.append(error)
+    return config, errors
 
 
-def _completed(config: SpinConfig, cfg: Mapping[str, Any], reader: Reader) -> SpinConfig:
+def _without(cfg: Mapping[str, Any], errors: Iterable[ConfigError]) -> dict[str, Any]:
+    """A copy without the keys of some errors."""
+    rest = deepcopy(dict(cfg))
+    for error in errors:
+        section, _, name = (error.key or "").rpartition(".")
+        if isinstance(node := at(rest, section) if section else rest, dict):
+            node.pop(name, None)
+    return rest
+
+
+def _completed(config: SpinConfig, reader: Reader) -> SpinConfig:
     """The configuration with what one key says of another."""
     spin, parallel, recompute, checkpoint = config.spin, config.parallel, config.recompute, config.checkpoint
-    if at(cfg, "model.spin.replay_weights") is None:
+    if not reader.is_set("model.spin.replay_weights"):
         spin = replace(spin, replay_weights=(1.0,) * spin.replay_iterations)
-    if at(cfg, "exp_manager.checkpoint_callback_params.mode") is None:
+    if not reader.is_set("exp_manager.checkpoint_callback_params.mode"):
         checkpoint = replace(checkpoint, mode=MONITORS[checkpoint.monitor])
     if recompute.granularity == "full":
         recompute = RecomputeConfig("full", recompute.method or "uniform", recompute.num_layers or 1)
@@ -112,7 +119,7 @@ def with_defaults(cfg: Mapping[str, Any]) -> DictConfig:
         check_plain(cfg)
     with _as_config_error():
         given = OmegaConf.to_container(OmegaConf.create(cfg), resolve=False)
-        complete = _over(defaults(), given, "")
+        complete = _over(deepcopy(defaults()), given, "")
         for size in _SIZES:
             if at(given, size) is None and isinstance(complete["model"], Mapping):
                 put(complete, size, None)
@@ -123,16 +130,10 @@ def _over(declared: Any, given: Any, section: str) -> Any:
     """What is given over what is declared; a section that is null is as one that is absent."""
     if section not in KEYS or (given is not None and not isinstance(given, Mapping)):
         return given
-    return (
-        {
-            **declared,
-            **{
-                name: _over(declared.get(name), value, f"{section}.{name}".lstrip(".")) for name, value in given.items()
-            },
-        }
-        if given
-        else declared
-    )
+    merged = dict(declared)
+    for name, value in (given or {}).items():
+        merged[name] = _over(declared.get(name), value, f"{section}.{name}".lstrip("."))
+    return merged
 
 
 def resolved(cfg: Mapping[str, Any]) -> dict[str, Any]:

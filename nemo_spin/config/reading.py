@@ -50,6 +50,10 @@ class Reader:
         """What is wrong with a key's value, and what to use instead."""
         return ConfigError(f"{key} = {shown(at(self._values, key))}: {says}.", key)
 
+    def is_set(self, key: str) -> bool:
+        """Whether a key is there, and is neither null nor to be given yet."""
+        return at(self._values, key) not in (None, MISSING)
+
     def _read(self, part: Part, without: str) -> Any:
         if isinstance(part.declared, Section):
             wanted = part.declared.given_by
@@ -69,7 +73,7 @@ class Reader:
         """Raises ValueError that says what to use, or MissingKeyError."""
         declared = part.declared
         value = at(self._values, part.key, _ABSENT)
-        is_set = value is not None and value is not _ABSENT and value != MISSING
+        is_set = self.is_set(part.key)
         if not is_set and (declared.is_required or (declared.null is REQUIRED and value is not _ABSENT)):
             raise MissingKeyError
         return self._as_declared(part, value if is_set or value is None else declared.yaml_default)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_spin.config.aligner.table import TABLE
-from nemo_spin.config.aligner.translate import translate, translations, without_effect
+from nemo_spin.config.aligner.translate import translations, without_effect
 from nemo_spin.config.keys import KEYS, problems
-from nemo_spin.config.parse import judged
 from nemo_spin.config.reading import at
 from nemo_spin.config.values import MISSING, in_words
-from nemo_spin.errors import ConfigError, MissingKeyError
 
 HONOURED, TRANSLATED_TO, NO_EFFECT, TO_BE_GIVEN, REFUSED = VERDICTS = (
     "honoured",
@@ -83,20 +80,6 @@ def sizes_not_given(cfg: Mapping[str, Any]) -> list[str]:
     return [f"{_listed(sizes)} {verb} {taken}"] if sizes else []
 
 
-def refusals(cfg: Mapping[str, Any]) -> tuple[list[ConfigError], list[MissingKeyError]]:
-    """Everything for which a resolved configuration is refused, and what it lacks."""
-    rest = deepcopy(dict(cfg))
-    wrong = list(problems(rest))
-    for error in wrong:
-        _remove(rest, error.key)
-    sources = {found.target: found.key for found in translations(rest)}
-    missing: list[MissingKeyError] = []
-    for error in judged(translate(rest))[1]:
-        error.key = sources.get(error.key or "", error.key)
-        (missing if isinstance(error, MissingKeyError) else wrong).append(error)
-    return wrong, missing
-
-
 def _keys(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Full keys with values: of the sections of `KEYS` each key, of other mappings (a logger's) only their name."""
 
@@ -109,13 +92,6 @@ def _keys(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield key, None if isinstance(value, str) and value == MISSING else value
 
     return below("", cfg)
-
-
-def _remove(cfg: dict[str, Any], key: str | None) -> None:
-    section, _, name = (key or "").rpartition(".")
-    node = at(cfg, section) if section else cfg
-    if isinstance(node, dict):
-        node.pop(name, None)
 
 
 def _listed(texts: list[str]) -> str:

@@ -9,7 +9,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.config import check_overrides, config_dir, parse_config, register_resolvers
+from nemo_spin.config import (
+    check_overrides,
+    config_dir,
+    parse_config,
+    register_resolvers,
+    with_checkpoint,
+    with_defaults,
+)
+from nemo_spin.config.parse import defaults
 from nemo_spin.errors import ConfigError
 
 REQUIRED = {
@@ -48,6 +56,10 @@ def test_an_absent_key_has_the_default_of_the_shipped_file() -> None:
     for key, value in (REQUIRED | {"model.data.validation_ds.file_path": None}).items():
         OmegaConf.update(given, key, value, force_add=True)
     assert parse_config(given) == parse_config(shipped_file)
+    with pytest.raises(ConfigError, match="is missing"):
+        parse_config({})
+    assert with_defaults({}).model.tensor_model_parallel_size is None, "of NeMo-Aligner: the checkpoint's"
+    assert defaults()["model"]["tensor_model_parallel_size"] == 1
     # What validation lacks is as in training.
     both = {"model__data__train_ds__prompt_template": "{input}{output}", "model__data__train_ds__max_seq_length": 9}
     cfg = shipped(**both, model__data__validation_ds__file_path="validation.jsonl")
@@ -55,6 +67,22 @@ def test_an_absent_key_has_the_default_of_the_shipped_file() -> None:
     validation = parse_config(cfg).validation_ds
     assert validation is not None and validation.prompt_template == "{input}{output}"
     assert (validation.max_seq_length, validation.shuffle, validation.weights) == (None, False, None)
+
+
+def test_a_configuration_is_completed_with_what_the_checkpoint_says() -> None:
+    given = {"model": {"spin": {"length_params": {"max_length": "${int_div:${model.encoder_seq_length}, 2}"}}}}
+    cfg = OmegaConf.create(given | {"trainer": {"devices": 4}})
+    for key, value in REQUIRED.items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    before = OmegaConf.to_yaml(cfg)
+    parsed, complete = with_checkpoint(cfg, 101, (2, 1))
+    assert OmegaConf.to_yaml(cfg) == before
+    assert (str(parsed.parallel), parsed.encoder_seq_length) == ("TP 2 x PP 1 x DP 2", 101)
+    assert parsed.spin.length_params.max_length == complete.model.spin.length_params.max_length == 50
+    assert complete.model.tensor_model_parallel_size == 2 and complete.trainer.spin.save_interval == 100
+    OmegaConf.set_struct(cfg, True)
+    cfg.trainer.devices = 1
+    assert str(with_checkpoint(cfg, 101, None)[0].parallel) == "TP 1 x PP 1 x DP 1"
 
 
 def test_null_switches_a_guard_off_and_no_section_means_the_shipped_thresholds() -> None:
