@@ -48,12 +48,13 @@ def memory() -> dict[str, float]:
 
 def measure(data: str, cache: str) -> dict[str, Any]:
     """Load and iterate in this process; MiB and seconds."""
+    from nemo_spin.config import DatasetConfig
     from nemo_spin.data.dataset import load_dataset
     from nemo_spin.data.order import batches, epoch_order
 
     before = memory()
     started = time.perf_counter()
-    dataset = load_dataset(data, WordTokenizer(), max_seq_length=100, cache_dir=cache)
+    dataset = load_dataset(DatasetConfig((data,), cache_dir=cache), WordTokenizer(), 100)
     loaded, seconds_to_load = memory(), time.perf_counter() - started
     started = time.perf_counter()
     order = epoch_order(len(dataset), seed=1, iteration=0, epoch=0, shuffle=True)

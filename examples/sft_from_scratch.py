@@ -84,7 +84,7 @@ def main() -> None:
     from omegaconf import OmegaConf
     from tqdm import tqdm
 
-    from nemo_spin.config import OptimConfig, SchedConfig
+    from nemo_spin.config import DatasetConfig, OptimConfig, SchedConfig
     from nemo_spin.data.dataset import load_dataset
     from nemo_spin.data.order import batches, epoch_order, num_batches
     from nemo_spin.megatron import setup, steps
@@ -95,9 +95,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = train_tokenizer([args.train, args.validation], args.vocab_size, Path(directory))
         model = MegatronGPTSPINModel(OmegaConf.create(model_config(args, tokenizer)))
-    options = {"max_seq_length": args.context, "overlong": "drop"}
-    train = load_dataset(args.train, model.tokenizer, **options)
-    validation = load_dataset(args.validation, model.tokenizer, **options)
+    train, validation = (
+        load_dataset(DatasetConfig((path,), overlong="drop"), model.tokenizer, args.context)
+        for path in (args.train, args.validation)
+    )
     print(*train.reports, *validation.reports, sep="\n")
     per_epoch = num_batches(len(train), args.batch_size)
     sched = SchedConfig(name="CosineAnnealing", warmup_steps=50, constant_steps=0, min_lr=args.lr / 10)

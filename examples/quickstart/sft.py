@@ -49,9 +49,10 @@ def new_model(tokenizer: Path, seed: int) -> MegatronGPTSPINModel:
 def load(model: MegatronGPTSPINModel, file: Path) -> SFTDataset:
     from numbers_in_words import PROMPT_TEMPLATE
 
+    from nemo_spin.config import DatasetConfig
     from nemo_spin.data.dataset import load_dataset
 
-    return load_dataset(file, model.tokenizer, max_seq_length=CONTEXT, prompt_template=PROMPT_TEMPLATE)
+    return load_dataset(DatasetConfig((str(file),), prompt_template=PROMPT_TEMPLATE), model.tokenizer, CONTEXT)
 
 
 def fine_tune(

@@ -74,15 +74,11 @@ class Meter:
         return float(classifier.score(tested, [label for _, label in unseen]))
 
     def _read(self, model: MegatronGPTSPINModel) -> tuple[list[Example], frozenset[int]]:
+        from nemo_spin.config import DatasetConfig
         from nemo_spin.data.dataset import load_dataset
 
-        data = load_dataset(
-            self._file,
-            model.tokenizer,
-            max_seq_length=self.task.context,
-            prompt_template=self.task.template,
-            cache_dir=self._cache,
-        )
+        cfg = DatasetConfig((str(self._file),), prompt_template=self.task.template, cache_dir=str(self._cache))
+        data = load_dataset(cfg, model.tokenizer, self.task.context)
         return list(data), data.stop_ids
 
     def _answers(

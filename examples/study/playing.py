@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,11 +121,4 @@ def play(
 
 
 def _load(section: Any, model: MegatronGPTSPINModel, context: int, cache: Path) -> Any:
-    return load_dataset(
-        section.file_path,
-        model.tokenizer,
-        max_seq_length=section.max_seq_length or context,
-        prompt_template=section.prompt_template,
-        overlong=section.overlong,
-        cache_dir=cache,
-    )
+    return load_dataset(replace(section, cache_dir=str(cache)), model.tokenizer, section.max_seq_length or context)

@@ -75,15 +75,11 @@ def let_go_of(optimizer: Optimizer) -> None:
 
 
 def read(task: Task, model: MegatronGPTSPINModel, data: Path, file: Path) -> SFTDataset:
+    from nemo_spin.config import DatasetConfig
     from nemo_spin.data.dataset import load_dataset
 
-    return load_dataset(
-        file,
-        model.tokenizer,
-        max_seq_length=task.context,
-        prompt_template=task.template,
-        cache_dir=data / "cache",
-    )
+    cfg = DatasetConfig((str(file),), prompt_template=task.template, cache_dir=str(data / "cache"))
+    return load_dataset(cfg, model.tokenizer, task.context)
 
 
 class FineTuning:

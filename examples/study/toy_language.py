@@ -132,6 +132,7 @@ def make_start(directory: Path, probabilities: torch.Tensor, seed: int, steps: i
     from tasks import SFT
 
     from nemo_spin import MegatronGPTSPINModel
+    from nemo_spin.config import DatasetConfig
     from nemo_spin.data.dataset import load_dataset
     from nemo_spin.megatron import setup
 
@@ -157,7 +158,8 @@ def make_start(directory: Path, probabilities: torch.Tensor, seed: int, steps: i
     }
     model = MegatronGPTSPINModel(OmegaConf.create(config))
     write(directory / "sft.jsonl", sample(probabilities, examples, seed + 1000))
-    data = load_dataset(directory / "sft.jsonl", model.tokenizer, max_seq_length=CONTEXT, cache_dir=directory / "cache")
+    cfg = DatasetConfig((str(directory / "sft.jsonl"),), cache_dir=str(directory / "cache"))
+    data = load_dataset(cfg, model.tokenizer, CONTEXT)
     FineTuning(model, data, SFT(steps, 3e-3, 256, 0.0), seed).run(steps, 3e-3)
     path = directory / "start.nemo"
     model.save_to(path)

@@ -6,10 +6,10 @@ import argparse
 from typing import Any
 
 from nemo_spin.cli.options import add_bad_record_option, add_record_options, record_options
-from nemo_spin.config.dataset import OVERLONG, TRUNCATION_METHODS
+from nemo_spin.config.dataset import OVERLONG, TRUNCATION_METHODS, DatasetConfig
 from nemo_spin.errors import ConfigError
 
-# Those that `load_dataset` knows by the same names, beside how a record is read.
+# Those that are fields of the DatasetConfig by the same names, beside how a record is read.
 _LOAD_OPTIONS = ("overlong", "truncation_field", "truncation_method", "on_bad_record", "cache_dir")
 
 
@@ -46,11 +46,12 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--max-seq-length {options.max_seq_length}: use at least 2.")
     from nemo_spin.commands.data import show_data
 
-    return show_data(
-        options.files,
-        checkpoint=options.checkpoint,
-        tokenizer_path=options.tokenizer,
+    cfg = DatasetConfig(
+        file_path=tuple(options.files),
         max_seq_length=options.max_seq_length,
-        num_examples=options.examples,
-        load_options=record_options(options) | {name: getattr(options, name) for name in _LOAD_OPTIONS},
+        **{name: getattr(options, name) for name in _LOAD_OPTIONS},
+        **record_options(options),
+    )
+    return show_data(
+        cfg, checkpoint=options.checkpoint, tokenizer_path=options.tokenizer, num_examples=options.examples
     )

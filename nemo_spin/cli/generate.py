@@ -93,19 +93,23 @@ def _config(options: argparse.Namespace) -> Any:
                 raise ConfigError(f"--{name.replace('_', '-')} says how to sample, and --greedy not to: drop one.")
         if options.num_samples > 1:
             raise ConfigError(f"--num-samples {options.num_samples}: --greedy makes one response only; use 1.")
-    from nemo_spin.config import LengthParams, parse_sampling
+    from nemo_spin.config import LengthParams, SamplingParams
     from nemo_spin.config.prompt_template import unescape
-    from nemo_spin.config.values import Section
+    from nemo_spin.config.reading import Reader
 
-    class Options(Section):
-        def error(self, key: str, what_to_do: str) -> ConfigError:
+    class Options(Reader):
+        def error(self, key: str, says: str) -> ConfigError:
             option = key.replace("_", "-").removesuffix("s")
-            return ConfigError(f"--{option} {self.get(key)}: {what_to_do}.")
+            return ConfigError(f"--{option} {values[key]}: {says}.")
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     values = {name: getattr(options, name) for name in names}
     values |= {"use_greedy": options.greedy, "end_strings": [unescape(text) for text in options.end_string]}
-    sampling, records = parse_sampling(Options(values)), record_options(options)
+    reader = Options(values)
+    sampling = reader.read(SamplingParams)
+    for error in reader.errors:
+        raise error
+    records = record_options(options)
     from nemo_spin.commands.generate import GenerateConfig
 
     # Most fields have the name of their option.

@@ -6,10 +6,11 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.load_report import LoadReport
 from nemo_spin.data.tokenizer import TextTokenizer
@@ -27,26 +28,24 @@ _TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
 def show_data(
-    files: Sequence[str],
+    cfg: DatasetConfig,
     *,
     checkpoint: str | None,
     tokenizer_path: str | None,
-    max_seq_length: int | None,
     num_examples: int,
-    load_options: dict[str, Any],
     out: IO[str] | None = None,
 ) -> int:
     """Write what was understood of the files to `out` (None: standard output), and return the exit code.
 
-    checkpoint, tokenizer_path: one of the two, for the tokenizer. max_seq_length: None for the checkpoint's context, or
-    no limit without one. load_options: as for `load_dataset`.
+    cfg: the files and their options; max_seq_length None stands for the checkpoint's context, or no limit without one.
+    checkpoint, tokenizer_path: one of the two, for the tokenizer.
 
     The exit code is 2 if training would refuse the files, 0 otherwise. Raises UserError where nothing can be shown.
     """
     out = out or sys.stdout
     tokenizer, context = _tokenizer(checkpoint, tokenizer_path)
-    limit = min(max_seq_length or context, context)
-    dataset = load_dataset(list(files), tokenizer, max_seq_length=limit, **load_options, refuse=False)
+    limit = min(cfg.max_seq_length or context, context)
+    dataset = load_dataset(cfg, tokenizer, limit, refuse=False)
     for report in dataset.reports:
         print(*_summary(report), sep="\n", end="\n\n", file=out)
     if len(dataset):
@@ -56,7 +55,7 @@ def show_data(
         _print_examples(dataset, tokenizer, num_examples, out)
     try:
         for report in dataset.reports:
-            report.refuse(load_options["overlong"], load_options["on_bad_record"])
+            report.refuse(cfg.overlong, cfg.on_bad_record)
     except DataError as error:
         print(f"Training would refuse this: {error}", file=out)
         return EXIT_CODE

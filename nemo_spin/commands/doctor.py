@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.commands.environment import Component, components
 from nemo_spin.config import addable_overrides, config_dir, resolved, with_defaults, with_shipped_configurations
-from nemo_spin.config.aligner.unread import at
 from nemo_spin.config.composing import composing
-from nemo_spin.config.parse import parse_known
+from nemo_spin.config.parse import judged
+from nemo_spin.config.reading import at
 from nemo_spin.config.review import (
     NO_EFFECT,
     REFUSED,
@@ -25,12 +25,11 @@ from nemo_spin.config.review import (
     TRANSLATED_TO,
     VERDICTS,
     Verdict,
-    refusals,
     sizes_not_given,
     verdicts,
 )
 from nemo_spin.config.values import in_words
-from nemo_spin.errors import EXIT_CODE, ConfigError
+from nemo_spin.errors import EXIT_CODE, ConfigError, MissingKeyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,9 @@ def review_config(path: Path, overrides: Sequence[str] = ()) -> ConfigReview:
     """Judge every key of a file, composed by hydra with overrides as on a run's command line. Raises ConfigError."""
     cfg = with_defaults(_composed(path, overrides))
     plain, refused = _resolved_as_far_as_possible(cfg)
-    shipped = resolved(OmegaConf.load(config_dir() / "gpt_spin.yaml"))
-    wrong, missing = refusals(plain, parse_known, shipped)
-    refused |= {error.key or "": str(error) for error in wrong}
+    _, errors = judged(plain)
+    missing = [error for error in errors if isinstance(error, MissingKeyError)]
+    refused |= {error.key or "": str(error) for error in errors if error not in missing}
     lacking = [error.key or str(error) for error in missing]
     given = OmegaConf.to_container(_composed(path, overrides), resolve=False)
     return ConfigReview(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,35 +12,28 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.checkpoint.manager import TrainingCheckpoints
-from nemo_spin.config import LOGGERS
+from nemo_spin.config import LOGGERS, ExperimentConfig
 from nemo_spin.errors import ConfigError
 from nemo_spin.reporting.metrics_log import FILE_NAME, MetricsLog
 from nemo_spin.runtime.run_lock import was_begun_by_this_launch
 
-# Resuming, checkpoints and time are this package's own: exp_manager knows one file per checkpoint, not sharded ones.
-_OURS = (
-    "resume_if_exists", "resume_ignore_no_checkpoint", "resume_from_checkpoint", "checkpoint_callback_params",
-    "max_time_per_run",
-)  # fmt: skip
 # logger -> the packages of which one has to be there
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",)}
 
 
-def run_dir(cfg: DictConfig) -> Path:
+def run_dir(exp: ExperimentConfig) -> Path:
     """Where the run writes, as NeMo's exp_manager lays it out for a run that can be resumed."""
-    exp = cfg.exp_manager
-    if exp.get("explicit_log_dir"):
+    if exp.explicit_log_dir:
         return Path(exp.explicit_log_dir).expanduser().resolve()
-    return (Path(exp.get("exp_dir") or "nemo_experiments").expanduser() / (exp.get("name") or "default")).resolve()
+    return (Path(exp.exp_dir or "nemo_experiments").expanduser() / exp.name).resolve()
 
 
-def checkpoint_to_resume(cfg: DictConfig, run_dir: Path) -> Path | None:
+def checkpoint_to_resume(exp: ExperimentConfig, run_dir: Path) -> Path | None:
     """The newest checkpoint where the run is to go on from it; None to start anew. Raises ConfigError."""
-    exp = cfg.exp_manager
     started_again = was_begun_by_this_launch(run_dir)
     latest = TrainingCheckpoints(run_dir / "checkpoints").latest()
-    if exp.get("resume_if_exists") or started_again:
-        if latest is None and not (exp.get("resume_ignore_no_checkpoint") or started_again):
+    if exp.resume_if_exists or started_again:
+        if latest is None and not (exp.resume_ignore_no_checkpoint or started_again):
             raise ConfigError(
                 f"exp_manager.resume_if_exists is set, but {run_dir} holds no checkpoint: choose the directory of the "
                 "run, or set exp_manager.resume_ignore_no_checkpoint=true to start one."
@@ -53,18 +47,21 @@ def checkpoint_to_resume(cfg: DictConfig, run_dir: Path) -> Path | None:
     return None
 
 
-def check_loggers(exp: DictConfig) -> None:
+def check_loggers(exp: ExperimentConfig) -> None:
     """Refuse a logger that is not installed, before anything is started for it."""
     for name in LOGGERS:
-        if exp.get(f"create_{name}_logger") and not any(map(find_spec, _PACKAGES[name])):
+        if getattr(exp, f"create_{name}_logger") and not any(map(find_spec, _PACKAGES[name])):
             raise ConfigError(
                 f"exp_manager.create_{name}_logger is true, but {name} is not installed: pip install {name}, or set it "
                 "to false."
             )
 
 
-def start(cfg: DictConfig, run_dir: Path) -> MetricsLog:
-    """Call NeMo's exp_manager, on the main process: loggers and the record of the command. Returns where metrics go."""
+def start(exp: ExperimentConfig, raw: DictConfig, run_dir: Path) -> MetricsLog:
+    """Call NeMo's exp_manager, on the main process: loggers and the record of the command. Returns where metrics go.
+
+    raw: the whole configuration, which is written down.
+    """
     from lightning.pytorch import Trainer
     from nemo.utils import exp_manager as nemo_exp_manager
     from nemo.utils import logging as nemo_logging
@@ -73,11 +70,17 @@ def start(cfg: DictConfig, run_dir: Path) -> MetricsLog:
     nemo_logging.setLevel(nemo_logging.WARNING)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
-    options = OmegaConf.to_container(cfg.exp_manager, resolve=True)
-    options = {key: value for key, value in options.items() if key not in _OURS}
-    options |= {"explicit_log_dir": str(run_dir), "exp_dir": None, "create_checkpoint_callback": False}
-    mlflow = options.pop("mlflow_logger_kwargs", None) or {}
-    with_mlflow = options.pop("create_mlflow_logger", False)
+    # Resuming, checkpoints and time are this package's own: exp_manager knows one file per checkpoint, not shards.
+    options = {
+        "explicit_log_dir": str(run_dir),
+        "name": exp.name,
+        "create_checkpoint_callback": False,
+        "create_tensorboard_logger": exp.create_tensorboard_logger,
+        "summary_writer_kwargs": exp.summary_writer_kwargs,
+        "create_wandb_logger": exp.create_wandb_logger,
+        "wandb_logger_kwargs": exp.wandb_logger_kwargs,
+        "files_to_copy": list(exp.files_to_copy) or None,
+    }
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
     # It moves all files of an earlier start into run_0, run_1, ..., and the metrics of a run are in one file.
     check_resume, nemo_exp_manager.check_resume = nemo_exp_manager.check_resume, lambda *args: None
@@ -87,12 +90,14 @@ def start(cfg: DictConfig, run_dir: Path) -> MetricsLog:
         nemo_exp_manager.check_resume = check_resume
     # exp_manager shows megatron-core's log on the terminal: a page of settings and buckets for every model it wraps.
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    loggers = [*trainer.loggers, _mlflow_logger(mlflow, cfg.exp_manager.get("name"), run_dir)] if with_mlflow else None
-    return MetricsLog(run_dir / FILE_NAME, loggers or trainer.loggers)
+    OmegaConf.save(raw, run_dir / "config.yaml", resolve=True)
+    loggers = list(trainer.loggers)
+    if exp.create_mlflow_logger:
+        loggers.append(_mlflow_logger(exp.mlflow_logger_kwargs or {}, exp.name, run_dir))
+    return MetricsLog(run_dir / FILE_NAME, loggers)
 
 
-def _mlflow_logger(kwargs: dict[str, Any], name: str | None, run_dir: Path) -> Any:
+def _mlflow_logger(kwargs: Mapping[str, Any], name: str, run_dir: Path) -> Any:
     """Made here, because exp_manager gives `run_name` twice (NeMo 3.0.0) and so cannot."""
     from lightning.pytorch.loggers import MLFlowLogger
 

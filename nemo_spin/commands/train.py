@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_spin.commands import experiment
 from nemo_spin.commands.best_iteration import settle_on_best
 from nemo_spin.commands.memory_estimate import MemoryEstimate, check_fits, estimate
-from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved
+from nemo_spin.config import DatasetConfig, SpinConfig, notices, parse_config, resolved, with_checkpoint
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.tokenizer import TextTokenizer
 from nemo_spin.errors import ConfigError, UserError
@@ -41,18 +41,18 @@ from nemo_spin.trainer import SPINTrainer
 # To say what went wrong, and for loggers to send what they have.
 _SECONDS_TO_LEAVE = 60
 
-_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-
 
 @dataclass(frozen=True)
 class Inputs:
     """Everything a run needs before its weights: checked, and nothing written yet.
 
+    raw: the configuration as it is written down, complete with what the checkpoint says.
     checkpoint: the SFT model; chosen says so where it is one of several. run_dir: where the run writes. context_length:
     most tokens of prompt and response. memory: what each device will hold.
     """
 
     cfg: SpinConfig
+    raw: DictConfig
     checkpoint: Path
     chosen: str | None
     run_dir: Path
@@ -62,120 +62,97 @@ class Inputs:
     memory: MemoryEstimate
 
 
-def preflight(cfg: DictConfig) -> Inputs:
+def preflight(raw: DictConfig) -> Inputs:
     """Read configuration, the checkpoint's description and the data; load no weights, write nothing.
 
-    cfg gets the length and the layout that it leaves open, those of the checkpoint, so that what refers to them has a
-    value.
     Raises UserError for the first thing that cannot be used.
     """
-    spin = parse_config(cfg)
-    run_dir = experiment.run_dir(cfg)
-    experiment.checkpoint_to_resume(cfg, run_dir)  # refused before anything is loaded
-    with open_checkpoint(spin.restore_from_path) as source:
-        tokenizer = restore_tokenizer(source, spin.tokenizer and dataclasses.asdict(spin.tokenizer))
+    given = parse_config(raw)
+    run_dir = experiment.run_dir(given.experiment)
+    experiment.checkpoint_to_resume(given.experiment, run_dir)  # refused before anything is loaded
+    with open_checkpoint(given.restore_from_path) as source:
+        tokenizer = restore_tokenizer(source, given.tokenizer and dataclasses.asdict(given.tokenizer))
         architecture = source.architecture(tokenizer.vocab_size)
     check_tokenizer_fits(tokenizer, architecture.vocab_rows, str(source.path))
-    context_length = spin.encoder_seq_length or architecture.max_sequence_length
-    with open_dict(cfg):
-        cfg.model.encoder_seq_length = context_length
-        for key, of_checkpoint in zip(_SIZES, source.trained_layout or (1, 1), strict=True):
-            if cfg.model.get(key) is None:
-                cfg.model[key] = of_checkpoint
-    spin = parse_config(cfg)
+    context_length = given.encoder_seq_length or architecture.max_sequence_length
+    cfg, raw = with_checkpoint(raw, context_length, source.trained_layout)
     check_layout(
         architecture,
-        spin.parallel.tensor_model_parallel_size,
-        spin.parallel.pipeline_model_parallel_size,
-        spin.parallel.sequence_parallel,
+        cfg.parallel.tensor_model_parallel_size,
+        cfg.parallel.pipeline_model_parallel_size,
+        cfg.parallel.sequence_parallel,
     )
-    check_engine(spin.spin.generation_engine, architecture, spin.precision)
+    check_engine(cfg.spin.generation_engine, architecture, cfg.precision)
     if architecture.position_embedding_type == "learned_absolute" and context_length > architecture.max_sequence_length:
         raise ConfigError(
             f"model.encoder_seq_length {context_length} is more than the {architecture.max_sequence_length} positions "
             "that the checkpoint has learned: choose at most that."
         )
-    train = _load(spin.train_ds, tokenizer, context_length)
-    validation = _load(spin.validation_ds, tokenizer, context_length) if spin.validation_ds else None
-    if spin.spin.first_rollouts_from_data and train.num_given_rejected < len(train):
+    train = _load(cfg.train_ds, tokenizer, context_length)
+    validation = _load(cfg.validation_ds, tokenizer, context_length) if cfg.validation_ds else None
+    if cfg.spin.first_rollouts_from_data and train.num_given_rejected < len(train):
         raise ConfigError(
             f"model.spin.first_rollouts_from_data is true, but {len(train) - train.num_given_rejected} of {len(train)} "
             'examples of model.data.train_ds have no generated response: use {"real", "generated"} records, or set it '
             "to false."
         )
-    for file_format in spin.checkpoint.formats_on_train_end:
-        check_expressible(architecture, DTYPES[spin.precision], file_format)
-    memory = estimate(architecture, spin, train.longest, context_length, len(train))
-    check_fits(memory, spin)
-    experiment.check_loggers(cfg.exp_manager)
-    return Inputs(spin, source.path, source.chosen, run_dir, context_length, train, validation, memory)
+    for file_format in cfg.checkpoint.formats_on_train_end:
+        check_expressible(architecture, DTYPES[cfg.precision], file_format)
+    memory = estimate(architecture, cfg, train.longest, context_length, len(train))
+    check_fits(memory, cfg)
+    experiment.check_loggers(cfg.experiment)
+    return Inputs(cfg, raw, source.path, source.chosen, run_dir, context_length, train, validation, memory)
 
 
 def _load(cfg: DatasetConfig, tokenizer: TextTokenizer, context_length: int) -> SFTDataset:
-    return load_dataset(
-        cfg.file_path,
-        tokenizer,
-        max_seq_length=min(cfg.max_seq_length or context_length, context_length),
-        prompt_template=cfg.prompt_template,
-        label_key=cfg.label_key,
-        add_bos=cfg.add_bos,
-        add_eos=cfg.add_eos,
-        chat_prompt_tokens=cfg.chat_prompt_tokens,
-        overlong=cfg.overlong,
-        truncation_field=cfg.truncation_field,
-        truncation_method=cfg.truncation_method,
-        on_bad_record=cfg.on_bad_record,
-        weights=cfg.weights,
-        cache_dir=cfg.cache_dir,
-    )
+    return load_dataset(cfg, tokenizer, min(cfg.max_seq_length or context_length, context_length))
 
 
-def train(cfg: DictConfig) -> list[Path]:
+def train(raw: DictConfig) -> list[Path]:
     """Run self-play training in this process, one of those that were started for it; begins with `preflight`.
 
     Returns the paths of the checkpoints that were asked for at its end.
     """
-    notes = notices(resolved(cfg))
-    inputs = preflight(cfg)
-    spin = inputs.cfg
-    stopping = Stopping(spin.loop.max_seconds)
+    notes = notices(resolved(raw))
+    inputs = preflight(raw)
+    cfg = inputs.cfg
+    stopping = Stopping(cfg.loop.max_seconds)
     reporter = Reporter(is_main())
     with run_lock.held(inputs.run_dir, reporter.say) if is_main() else nullcontext():
-        log = experiment.start(cfg, inputs.run_dir) if is_main() else None
-        parallel, timeout = spin.parallel, communication_timeout(spin.loop.hang_timeout)
+        log = experiment.start(cfg.experiment, inputs.raw, inputs.run_dir) if is_main() else None
+        parallel, timeout = cfg.parallel, communication_timeout(cfg.loop.hang_timeout)
         succeeded = False
         try:
             setup.initialize(
-                parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, spin.seed, timeout
+                parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, cfg.seed, timeout
             )
-            with Watchdog(spin.loop.hang_timeout, setup.store(), dist.get_rank(), dist.get_world_size()):
-                saved = _train(cfg, inputs, Reporter(is_main(), log), notes, stopping)
+            with Watchdog(cfg.loop.hang_timeout, setup.store(), dist.get_rank(), dist.get_world_size()):
+                saved = _train(inputs, Reporter(is_main(), log), notes, stopping)
             succeeded = True
             return saved
         finally:
             _leave(succeeded, log)
 
 
-def _train(cfg: DictConfig, inputs: Inputs, reporter: Reporter, notes: Sequence[str], stopping: Stopping) -> list[Path]:
-    spin = inputs.cfg
+def _train(inputs: Inputs, reporter: Reporter, notes: Sequence[str], stopping: Stopping) -> list[Path]:
+    cfg = inputs.cfg
     for note in notes:
         reporter.say(f"note: {note}")
     if inputs.chosen:
-        reporter.say(f"{spin.restore_from_path}: {inputs.chosen}")
-    reporter.say(f"Layout: {spin.parallel}; {inputs.memory}")
+        reporter.say(f"{cfg.restore_from_path}: {inputs.chosen}")
+    reporter.say(f"Layout: {cfg.parallel}; {inputs.memory}")
     for dataset in filter(None, (inputs.train_dataset, inputs.validation_dataset)):
         for report in dataset.reports:
             reporter.say(str(report))
-    with open_dict(cfg):
-        cfg.model.precision = spin.precision
     beat("loading the model")
-    model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=cfg.model)
-    policy = model.policy(spin, inputs.context_length, inputs.train_dataset.stop_ids)
+    options = {**OmegaConf.to_container(inputs.raw.model, resolve=True), "precision": cfg.precision}
+    model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=OmegaConf.create(options))
+    policy = model.policy(cfg, inputs.context_length, inputs.train_dataset.stop_ids)
     trainer = SPINTrainer(
-        spin, policy, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
+        cfg, policy, inputs.train_dataset, inputs.validation_dataset, inputs.run_dir, reporter, stopping
     )
     # Looked up now that no other run writes there, and once: a file system may show machines different things.
-    if resume_from := of_first(lambda: experiment.checkpoint_to_resume(cfg, inputs.run_dir)):
+    if resume_from := of_first(lambda: experiment.checkpoint_to_resume(cfg.experiment, inputs.run_dir)):
         beat("loading the checkpoint to resume from")
         reporter.say(f"Resumed from {trainer.resume(resume_from)}")
     reached("run/started")
@@ -190,7 +167,7 @@ def _train(cfg: DictConfig, inputs: Inputs, reporter: Reporter, notes: Sequence[
         )
     else:
         reached("run/trained")
-        saved = _save_results(cfg, inputs, model, trainer, reporter)
+        saved = _save_results(inputs, model, trainer, reporter)
     _write_report(inputs.run_dir, reporter)
     return saved
 
@@ -208,11 +185,9 @@ def _leave(succeeded: bool, log: MetricsLog | None) -> None:
         setup.shutdown()
 
 
-def _save_results(
-    cfg: DictConfig, inputs: Inputs, model: MegatronGPTSPINModel, trainer: SPINTrainer, reporter: Reporter
-) -> list[Path]:
+def _save_results(inputs: Inputs, model: MegatronGPTSPINModel, trainer: SPINTrainer, reporter: Reporter) -> list[Path]:
     settle_on_best(inputs.cfg.checkpoint, model, trainer)
-    name = cfg.exp_manager.get("name") or "megatron_gpt_spin"
+    name = inputs.cfg.experiment.name
     saved = []
     for file_format in inputs.cfg.checkpoint.formats_on_train_end:
         beat(f"writing the result as {file_format}")

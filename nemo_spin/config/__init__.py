@@ -1,6 +1,7 @@
-"""A run's configuration: what its keys mean (`schema`), which exist (`keys`), and how they are checked (`parse`).
+"""A run's configuration: every key is declared by a field of a dataclass (`schema`, `algorithm`, `dataset`).
 
-NeMo-Aligner's configurations are taken as they are: `unread` and `translate` say what becomes of the keys that are not
+`settings` says how a key is declared, `reading` checks values after their declarations, `checks` what has to fit
+together. NeMo-Aligner's configurations are taken as they are: `aligner` says what becomes of the keys that are not
 ours, `review` of all keys.
 
 Everything that can be refused without opening a file is refused by `parse_config`, before anything is loaded.
@@ -9,15 +10,16 @@ Everything that can be refused without opening a file is refused by `parse_confi
 from __future__ import annotations
 
 from nemo_spin.config.algorithm import AlgorithmConfig, GuardsConfig, LengthParams, LossConfig, SamplingParams
-from nemo_spin.config.dataset import DatasetConfig, TokenizerConfig
+from nemo_spin.config.dataset import ChatPromptTokens, DatasetConfig, TokenizerConfig, ValidationConfig
 from nemo_spin.config.files import config_dir
 from nemo_spin.config.overrides import addable_overrides, check_overrides, with_shipped_configurations
-from nemo_spin.config.parse import LOGGERS, parse_config, register_resolvers, resolved, with_defaults
-from nemo_spin.config.parse_algorithm import parse_sampling
+from nemo_spin.config.parse import parse_config, register_resolvers, resolved, with_checkpoint, with_defaults
 from nemo_spin.config.review import notices
 from nemo_spin.config.schema import (
+    LOGGERS,
     CheckpointConfig,
     EquilibriumConfig,
+    ExperimentConfig,
     LoopConfig,
     OptimConfig,
     ParallelConfig,
@@ -29,9 +31,11 @@ from nemo_spin.config.schema import (
 __all__ = [
     "LOGGERS",
     "AlgorithmConfig",
+    "ChatPromptTokens",
     "CheckpointConfig",
     "DatasetConfig",
     "EquilibriumConfig",
+    "ExperimentConfig",
     "GuardsConfig",
     "LengthParams",
     "LoopConfig",
@@ -43,14 +47,15 @@ __all__ = [
     "SchedConfig",
     "SpinConfig",
     "TokenizerConfig",
+    "ValidationConfig",
     "addable_overrides",
     "check_overrides",
     "config_dir",
     "notices",
     "parse_config",
-    "parse_sampling",
     "register_resolvers",
     "resolved",
+    "with_checkpoint",
     "with_defaults",
     "with_shipped_configurations",
 ]

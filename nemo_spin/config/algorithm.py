@@ -1,8 +1,10 @@
-"""The part of the configuration that is the algorithm, `model.spin`: names, units and ranges."""
+"""`model.spin`: the settings of the algorithm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from nemo_spin.config.settings import REQUIRED, section, setting
 
 LOSS_TYPES = ("logistic", "hinge", "exponential", "correlation")
 REJECTED_SELECTIONS = ("all", "best", "worst")
@@ -10,115 +12,117 @@ REJECTED_SELECTIONS = ("all", "best", "worst")
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """`model.spin.sampling_params`: how the reference picks a token.
+    """`model.spin.sampling_params`: how the reference picks a token. temperature: of the first iteration."""
 
-    use_greedy: the most likely token; then temperature, top_k and top_p have to be off (1, 0, 1).
-    temperature: > 0, divides the logits.
-    top_k: keeps the k most likely tokens; 0 is off.
-    top_p: keeps the smallest set of tokens with at least this probability, in (0, 1]; 1 is off.
-    repetition_penalty: > 0; 1 is off.
-    end_strings: texts that end a response, beside the end-of-sequence token.
-    """
-
-    use_greedy: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    end_strings: tuple[str, ...]
+    use_greedy: bool = setting(False)
+    """the most likely token; then leave temperature, top_k and top_p as they are here"""
+    temperature: float = setting(1.0, above=0.0, per_iteration=True)
+    """divides the logits: one number, or a list with one per iteration"""
+    top_k: int = setting(0, minimum=0)
+    """sample among the k most likely tokens; 0: off"""
+    top_p: float = setting(1.0, above=0.0, maximum=1.0)
+    """sample among the likeliest tokens that make up this probability; 1.0: off"""
+    repetition_penalty: float = setting(1.0, above=0.0)
+    """above 1 disfavours tokens that have occurred; 1.0: off"""
+    end_strings: tuple[str, ...] = setting(())
+    """texts that end a response, beside the end-of-sequence token"""
 
 
 @dataclass(frozen=True, slots=True)
 class LengthParams:
-    """`model.spin.length_params`, in generated tokens per sample.
+    """`model.spin.length_params`, in generated tokens per response."""
 
-    max_length: at most so many; 0 for what the model's context leaves after each prompt.
-    min_length: no stop token before so many, >= 0.
-    """
-
-    max_length: int
-    min_length: int
+    max_length: int = setting(None, null=0, minimum=0)
+    """most generated tokens per response; null or 0: what the context leaves after its prompt. NeMo-Aligner's
+    ${int_div:${model.encoder_seq_length}, 2} works where that length is set"""
+    min_length: int = setting(1, minimum=0)
+    """fewest generated tokens per response"""
 
 
 @dataclass(frozen=True, slots=True)
 class GuardsConfig:
-    """`model.spin.guards`: from where on a collapse is warned of; None for never.
+    """`model.spin.guards`: thresholds for warnings of a collapse; None switches one off."""
 
-    empty, repeated, cut_off: share of an iteration's generated responses, in (0, 1], at which they are too many.
-    entropy: nats per generated token, above 0, below which the policy's sampling is too certain.
-    falling_chosen: how much the chosen reward falls, as a share of what the margin gains meanwhile, above 0.
-    """
-
-    empty: float | None
-    repeated: float | None
-    cut_off: float | None
-    entropy: float | None
-    falling_chosen: float | None
+    empty: float | None = setting(0.01, above=0.0, maximum=1.0)
+    """share of generated responses that are nothing but a stop token"""
+    repeated: float | None = setting(0.05, above=0.0, maximum=1.0)
+    """share that say the same over and over"""
+    cut_off: float | None = setting(0.1, above=0.0, maximum=1.0)
+    """share that run into the length limit"""
+    entropy: float | None = setting(0.05, above=0.0)
+    """least entropy of the policy's sampling, in nats per generated token"""
+    falling_chosen: float | None = setting(0.5, above=0.0)
+    """fall of the chosen reward over some dozens of steps, as a share of what the margin gains"""
 
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """What of `model.spin` makes the loss of a pair; see `losses.spin_loss`.
+    """What of `model.spin` makes the loss of a pair; see `losses.spin_loss`."""
 
-    loss_type: one of `LOSS_TYPES`, the l of the paper's equation 4.7.
-    label_smoothing: in [0, 0.5): how often a human response is taken for the generated one.
-    sft_loss_weight: >= 0, of the NLL of the human response, in nats per token, which is added.
-    preference_average_log_probs: a response counts with its mean log-probability per token.
-    """
-
-    loss_type: str
-    label_smoothing: float
-    sft_loss_weight: float
-    preference_average_log_probs: bool
+    loss_type: str = setting("logistic", choices=LOSS_TYPES)
+    """of the margin (l in the paper's equation 4.7): logistic (the paper's), hinge, exponential or correlation (linear:
+    it has no bound, so watch the rewards)"""
+    label_smoothing: float = setting(0.0, minimum=0.0, below=0.5)
+    """share of pairs whose human response may be the worse one"""
+    sft_loss_weight: float = setting(0.0, minimum=0.0)
+    """weight of the NLL of the human response, in nats per token, added to the loss: against falling log-probabilities
+    of human responses; 0: none"""
+    preference_average_log_probs: bool = setting(False)
+    """a response counts with its mean log-probability per token instead of their sum; beta then has to be larger by
+    about the length"""
 
 
 @dataclass(frozen=True, slots=True)
 class AlgorithmConfig:
     """`model.spin`: the algorithm.
 
-    ref_policy_kl_penalty: beta of each iteration, > 0; as many as there are iterations.
-    temperature: of each iteration, > 0, in place of the one of `sampling_params`; as many as there are iterations.
-    num_generations: responses of the reference to each prompt, >= 1.
-    rejected_selection: one of `REJECTED_SELECTIONS`: which of them make pairs; "best" and "worst" by the reference's
-        log-probability.
-    replay_weights: passes over the pairs that were generated one iteration ago, two ago, ... in an epoch, each > 0; as
-        many as there are iterations whose pairs are trained on again.
-    refresh_reference: the policy becomes the reference after each iteration; else the reference stays the SFT model.
-    rollout_batch_size: sequences in one decoding pass of a data-parallel rank; None for as many as the KV cache holds.
-    kv_cache_gib: GiB of keys and values on each device, at most; None for most of the memory that is free.
-    rollout_window: pairs whose responses are generated at a time, a multiple of global_batch_size; None for all of an
-        iteration, before its first step.
-    log_prob_forward_micro_batch_size: pairs per forward pass when the reference's log-probabilities are computed.
-    reset_optimizer: each iteration begins with a fresh optimizer and schedule; otherwise both run on.
-    held_out_rollouts: examples of the validation data that the reference answers at each iteration's start, so that
-        validation has SPIN's loss and accuracy too; 0 for validation by the NLL alone.
-    first_rollouts_from_data: the first iteration uses the generated responses that the data have, and makes none.
-    generation_engine: "nemo_spin", "megatron", or "auto", which is nemo_spin.
+    Of ref_policy_kl_penalty and temperature there are as many numbers as iterations; temperature takes the place of the
+    one in `sampling_params`. Of replay_weights there are as many as replay_iterations, the last iteration's first.
     """
 
-    ref_policy_kl_penalty: tuple[float, ...]
-    temperature: tuple[float, ...]
-    num_generations: int
-    rejected_selection: str
-    replay_weights: tuple[float, ...]
-    refresh_reference: bool
-    loss: LossConfig
-    rollout_batch_size: int | None
-    kv_cache_gib: float | None
-    rollout_window: int | None
-    log_prob_forward_micro_batch_size: int
-    reset_optimizer: bool
-    held_out_rollouts: int
-    first_rollouts_from_data: bool
-    generation_engine: str
-    sampling_params: SamplingParams
-    length_params: LengthParams
-    guards: GuardsConfig
-
-    @property
-    def replay_iterations(self) -> int:
-        """Iterations before the present one whose pairs are trained on again, where there are so many."""
-        return len(self.replay_weights)
+    ref_policy_kl_penalty: tuple[float, ...] = setting((0.1,), null=REQUIRED, above=0.0, per_iteration=True)
+    """beta: one number, or a list with one per iteration ([0.1, 0.5, 1.0])"""
+    reset_optimizer: bool = setting(True, name="reset_optimizer_each_iteration")
+    """a fresh optimizer and schedule in each iteration; false: both run on"""
+    refresh_reference: bool = setting(True)
+    """after each iteration the policy becomes the reference; false: the reference stays the SFT model, as in DPO, to
+    see what self-play adds"""
+    replay_iterations: int = setting(1, minimum=0)
+    """from the second iteration on, also train on the pairs of the previous N iterations, re-scored with the current
+    reference (the paper: 1); 0: off"""
+    replay_weights: tuple[float, ...] = setting(None, null=(1.0,))
+    """passes over those pairs in an epoch, the last iteration's first ([1, 0.5]: half of the pairs of the one before
+    it); null: one over each"""
+    loss: LossConfig = section("model.spin", default_factory=LossConfig)
+    held_out_rollouts: int = setting(0, minimum=0)
+    """validation examples that the reference answers at each iteration's start, for val/loss and val/rewards/*: SPIN's
+    loss and accuracy on held-out data; 0: none"""
+    first_rollouts_from_data: bool = setting(False)
+    """the first iteration uses the responses in the data ({"real", "generated"} records) and generates none"""
+    num_generations: int = setting(1, minimum=1)
+    """responses of the reference to each prompt, above 1 against noise"""
+    rejected_selection: str = setting("all", choices=REJECTED_SELECTIONS)
+    """which of them make pairs: all; best or worst: the one to which the reference gives the highest or the lowest
+    log-probability"""
+    rollout_batch_size: int | None = setting(None, minimum=1)
+    """most sequences decoded at once per data-parallel rank. With pipeline parallelism, PP + 1 such groups run
+    concurrently. null: whatever fits in the KV cache, up to 256"""
+    kv_cache_gib: float | None = setting(None, above=0.0)
+    """KV-cache limit per device in GiB. When it is full, the newest sequences are preempted and recomputed later. null:
+    most of the free memory"""
+    generation_engine: str = setting("auto", choices=("auto", "nemo_spin", "megatron"))
+    """nemo_spin: this package's; megatron: megatron-core's dynamic engine, which makes the same responses and needs
+    flash-attn; auto: nemo_spin, which is the faster one on a CPU (megatron has not been measured on a GPU)"""
+    rollout_window: int | None = setting(None, minimum=1)
+    """pairs whose responses are generated at a time, a multiple of global_batch_size; null: all of an iteration before
+    its first step, with no second copy of the model"""
+    log_prob_forward_micro_batch_size: int = setting(1, minimum=1)
+    """pairs in a forward pass for the reference's log-probabilities"""
+    sampling_params: SamplingParams = section("model.spin.sampling_params", default_factory=SamplingParams)
+    length_params: LengthParams = section("model.spin.length_params", default_factory=LengthParams)
+    guards: GuardsConfig = section("model.spin.guards", default_factory=GuardsConfig)
+    """thresholds for warnings of a collapse; null turns one off"""
+    temperature: tuple[float, ...] = (1.0,)
 
     @property
     def keeps_reference(self) -> bool:

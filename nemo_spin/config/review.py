@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_spin.config.aligner.translate import TRANSLATED, put, translate, translations, without_effect
-from nemo_spin.config.aligner.unread import UNREAD, at
+from nemo_spin.config.aligner.table import TABLE
+from nemo_spin.config.aligner.translate import translations, without_effect
 from nemo_spin.config.keys import KEYS, problems
+from nemo_spin.config.reading import at
 from nemo_spin.config.values import MISSING, in_words
-from nemo_spin.errors import ConfigError, MissingKeyError
 
 HONOURED, TRANSLATED_TO, NO_EFFECT, TO_BE_GIVEN, REFUSED = VERDICTS = (
     "honoured",
@@ -21,10 +20,6 @@ HONOURED, TRANSLATED_TO, NO_EFFECT, TO_BE_GIVEN, REFUSED = VERDICTS = (
     "refused",
 )
 _SIZES = ("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size")
-_LAYOUT = (*_SIZES, "trainer.devices", "trainer.num_nodes", "model.micro_batch_size")
-_LAYOUT_ERRORS = ("trainer.devices", "model.global_batch_size")
-# where a default would not do: the peak learning rate must not be below the least
-_STAND_INS = {"model.optim.lr": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +50,8 @@ def verdicts(cfg: Mapping[str, Any]) -> list[Verdict]:
             return Verdict(key, value, TRANSLATED_TO, translated[key])
         if key in idle:
             return Verdict(key, value, NO_EFFECT, idle[key])
-        if key in UNREAD and value is not None:
-            return Verdict(key, value, UNREAD[key].verdict(value, cfg), UNREAD[key].reason)
-        if key in TRANSLATED and value is not None:
-            return Verdict(key, value, HONOURED, f"{TRANSLATED[key]} is the same")
+        if key in TABLE and value is not None:
+            return Verdict(key, value, TABLE[key].verdict(value, cfg), TABLE[key].reason)
         return Verdict(key, value, HONOURED, "")
 
     return [verdict_on(key, value) for key, value in _keys(cfg)]
@@ -87,43 +80,6 @@ def sizes_not_given(cfg: Mapping[str, Any]) -> list[str]:
     return [f"{_listed(sizes)} {verb} {taken}"] if sizes else []
 
 
-def refusals(
-    cfg: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], object], defaults: Mapping[str, Any]
-) -> tuple[list[ConfigError], list[MissingKeyError]]:
-    """Everything for which a resolved configuration is refused, and what it lacks, where `parse` raises the first only.
-
-    A key that is wrong is replaced by its default, one that is missing by a text, and then the rest is looked at, as
-    far as that goes.
-    """
-    rest = deepcopy(dict(cfg))
-    wrong = list(problems(rest))
-    for error in wrong:
-        _remove(rest, error.key)
-    sources = {found.target: found.key for found in translations(rest)}
-    rest = translate(rest)
-    missing: list[MissingKeyError] = []
-    tried: list[str] = []
-    while True:
-        try:
-            parse(rest)
-        except ConfigError as error:
-            key = error.key
-            times = tried.count(key)
-            if times == 0:
-                (missing if isinstance(error, MissingKeyError) else wrong).append(error)
-            if key is None or times == 2:
-                return wrong, missing
-            tried.append(key)
-            if key in _LAYOUT_ERRORS:
-                for size in _LAYOUT:
-                    put(rest, size, 1)
-            stand_in = _STAND_INS.get(key, at(defaults, key)) if times == 0 else None
-            put(rest, key, "(to be given)" if stand_in is None and isinstance(error, MissingKeyError) else stand_in)
-            error.key = sources.get(key, key)
-        else:
-            return wrong, missing
-
-
 def _keys(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Full keys with values: of the sections of `KEYS` each key, of other mappings (a logger's) only their name."""
 
@@ -136,13 +92,6 @@ def _keys(cfg: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield key, None if isinstance(value, str) and value == MISSING else value
 
     return below("", cfg)
-
-
-def _remove(cfg: dict[str, Any], key: str | None) -> None:
-    section, _, name = (key or "").rpartition(".")
-    node = at(cfg, section) if section else cfg
-    if isinstance(node, dict):
-        node.pop(name, None)
 
 
 def _listed(texts: list[str]) -> str:

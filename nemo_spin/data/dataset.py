@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from nemo_spin.config.dataset import ON_BAD_RECORD, OVERLONG, ChatPromptTokens
-from nemo_spin.config.prompt_template import DEFAULT_LABEL_KEY, DEFAULT_TEMPLATE
+from nemo_spin.config.dataset import ON_BAD_RECORD, OVERLONG, DatasetConfig
 from nemo_spin.data.cache import UnusableEntryError, key_of, open_or_make
 from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.example import Example
@@ -105,77 +104,57 @@ class SFTDataset:
 
 
 def load_dataset(
-    file_path: str | PathLike[str] | Sequence[str | PathLike[str]],
-    tokenizer: TextTokenizer,
-    *,
-    max_seq_length: int,
-    prompt_template: str = DEFAULT_TEMPLATE,
-    label_key: str = DEFAULT_LABEL_KEY,
-    add_bos: bool = False,
-    add_eos: bool = True,
-    chat_prompt_tokens: ChatPromptTokens | None = None,
-    overlong: str = "refuse",
-    truncation_field: str | None = None,
-    truncation_method: str = "right",
-    on_bad_record: str = "error",
-    weights: Sequence[float] | None = None,
-    cache_dir: str | PathLike[str] | None = None,
-    refuse: bool = True,
+    cfg: DatasetConfig, tokenizer: TextTokenizer, max_seq_length: int, *, refuse: bool = True
 ) -> SFTDataset:
     """Read and tokenize files, or open what an earlier call has made of them; the formats are those of `formats`.
 
-    file_path: a file or several; see `records.read_records` for the kinds of file.
-    max_seq_length: most tokens of prompt and response together. A prompt must leave room for one generated token.
-    overlong: "refuse" a file with a longer example, "drop" such examples and count them, or "truncate" template records
-        in their `truncation_field` (names with commas between them) at the end that `truncation_method` names.
-    on_bad_record: "error", or "skip" records that cannot be used and count them by reason.
-    weights: passes over each file in an epoch; None for one each.
-    cache_dir: where the tokens are kept; None for `cache.default_cache_dir`.
-    refuse: False to take what can be used and leave out the rest, whatever `overlong` and `on_bad_record` say; then the
-        reports tell it all, and `LoadReport.refuse` raises what would be raised here.
+    Args:
+        cfg: the files, see `records.read_records` for their kinds, and how their records become tokens.
+        max_seq_length: most tokens of prompt and response together, in place of `cfg.max_seq_length`. A prompt must
+            leave room for one generated token.
+        refuse: False to take what can be used and leave out the rest, whatever `overlong` and `on_bad_record` say; then
+            the reports tell it all, and `LoadReport.refuse` raises what would be raised here.
 
     Raises ConfigError for an option that cannot be used, DataError for a file or record that cannot.
     """
-    paths = [file_path] if isinstance(file_path, str | PathLike) else list(file_path)
-    _check_options(overlong, on_bad_record, truncation_field, len(paths), weights)
+    _check_options(cfg)
+    truncate = cfg.overlong == "truncate"
     options: dict[str, Any] = {
-        "prompt_template": prompt_template,
-        "label_key": label_key,
-        "add_bos": add_bos,
-        "add_eos": add_eos,
-        "chat_prompt_tokens": chat_prompt_tokens or ChatPromptTokens(),
-        "truncation_field": truncation_field if overlong == "truncate" else None,
-        "truncation_method": truncation_method,
+        "prompt_template": cfg.prompt_template,
+        "label_key": cfg.label_key,
+        "add_bos": cfg.add_bos,
+        "add_eos": cfg.add_eos,
+        "chat_prompt_tokens": cfg.chat_prompt_tokens,
+        "truncation_field": cfg.truncation_field if truncate else None,
+        "truncation_method": cfg.truncation_method,
     }
     encoder = RecordEncoder(tokenizer, **options)
-    options |= {"chat_prompt_tokens": asdict(options["chat_prompt_tokens"]), "max_seq_length": max_seq_length}
+    options |= {"chat_prompt_tokens": asdict(cfg.chat_prompt_tokens), "max_seq_length": max_seq_length}
+    skip = cfg.on_bad_record == "skip" or not refuse
     files = []
-    for path in paths:
+    for path in cfg.file_path:
         key = key_of(_VERSION, tokenizer.fingerprint, identity_of(path), options)
         file = open_or_make(
-            cache_dir,
+            cfg.cache_dir,
             key,
-            lambda directory, path=path: _tokenize(
-                path, encoder, max_seq_length, overlong == "truncate", on_bad_record == "skip" or not refuse, directory
-            ),
+            lambda directory, path=path: _tokenize(path, encoder, max_seq_length, truncate, skip, directory),
             _open,
         )
         file.report.path = str(path)
         if refuse:
-            file.report.refuse(overlong, on_bad_record)
+            file.report.refuse(cfg.overlong, cfg.on_bad_record)
         files.append(file)
     kinds = {kind for file in files for kind in file.report.formats}
-    return SFTDataset(files, weights or [1.0] * len(files), encoder.stop_ids(kinds))
+    return SFTDataset(files, cfg.weights or [1.0] * len(files), encoder.stop_ids(kinds))
 
 
-def _check_options(
-    overlong: str, on_bad_record: str, truncation_field: str | None, num_files: int, weights: Sequence[float] | None
-) -> None:
-    if overlong not in OVERLONG:
-        raise ConfigError(f"overlong is {overlong!r}: use refuse, drop or truncate")
-    if on_bad_record not in ON_BAD_RECORD:
-        raise ConfigError(f"on_bad_record is {on_bad_record!r}: use error or skip")
-    if overlong == "truncate" and not truncation_field:
+def _check_options(cfg: DatasetConfig) -> None:
+    weights, num_files = cfg.weights, len(cfg.file_path)
+    if cfg.overlong not in OVERLONG:
+        raise ConfigError(f"overlong is {cfg.overlong!r}: use refuse, drop or truncate")
+    if cfg.on_bad_record not in ON_BAD_RECORD:
+        raise ConfigError(f"on_bad_record is {cfg.on_bad_record!r}: use error or skip")
+    if cfg.overlong == "truncate" and not cfg.truncation_field:
         raise ConfigError("overlong: truncate needs a truncation_field, the field of prompt_template that may be cut")
     if not num_files:
         raise ConfigError("file_path names no file: name at least one")

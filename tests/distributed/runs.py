@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from selfplay import SelfPlay, examples, whole_weights
 from toy import fill_deterministically
 
-from nemo_spin.config import config_dir, parse_config
+from nemo_spin.config import DatasetConfig, config_dir, parse_config
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.model import MegatronGPTSPINModel
 from nemo_spin.reporting.console import Reporter
@@ -152,7 +152,7 @@ def training_run(
         OmegaConf.update(base, key, value)
     cfg = parse_config(OmegaConf.to_container(base, resolve=True))
     model = MegatronGPTSPINModel.restore_from(checkpoint, override_config_path=base.model)
-    dataset = load_dataset(data, model.tokenizer, max_seq_length=64)
+    dataset = load_dataset(DatasetConfig((str(data),)), model.tokenizer, 64)
     policy = model.policy(cfg, context_length=64, stop_ids=dataset.stop_ids)
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     log = MetricsLog(Path(run_dir) / FILE_NAME) if torch.distributed.get_rank() == 0 else None

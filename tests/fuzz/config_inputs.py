@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from nemo_spin.config import config_dir
-from nemo_spin.config.aligner.translate import TRANSLATED
-from nemo_spin.config.aligner.unread import UNREAD
+from nemo_spin.config.aligner.table import TABLE
 from nemo_spin.config.keys import KEYS
 
 GIVEN = {
@@ -19,9 +18,7 @@ GIVEN = {
     "model.data.validation_ds.file_path": "validation.jsonl",
 }
 SHIPPED = OmegaConf.to_container(OmegaConf.load(config_dir() / "gpt_spin.yaml"))
-ALL_KEYS = sorted(
-    {f"{section}.{name}".lstrip(".") for section, names in KEYS.items() for name in names} | {*UNREAD, *TRANSLATED}
-)
+ALL_KEYS = sorted({f"{section}.{name}".lstrip(".") for section, names in KEYS.items() for name in names} | {*TABLE})
 _ODD_KEYS = [
     "",
     " ",

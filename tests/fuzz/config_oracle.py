@@ -1,14 +1,13 @@
-"""What `SpinConfig` promises, field by field, after the docstrings of its schema and not after its parser."""
+"""What `SpinConfig` promises, field by field, written down apart from its declarations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from nemo_spin.config import algorithm, schema
-from nemo_spin.config.dataset import ChatPromptTokens
+from nemo_spin.config import algorithm, dataset, schema
 
 Test = Callable[[Any], bool]
 
@@ -98,6 +97,7 @@ FIELDS: dict[type, dict[str, Test]] = {
         "temperature": _tuple(_above_0, 1),
         "num_generations": _whole(1),
         "rejected_selection": _one_of("all", "best", "worst"),
+        "replay_iterations": _whole(0),
         "replay_weights": _tuple(_above_0),
         "rollout_batch_size": _none_or(_whole(1)),
         "kv_cache_gib": _none_or(_above_0),
@@ -130,7 +130,7 @@ FIELDS: dict[type, dict[str, Test]] = {
         "alpha": _real(lambda value: 0 <= value < 1),
         "eps": _above_0,
     },
-    schema.DatasetConfig: {
+    dataset.DatasetConfig: {
         "file_path": _tuple(_text, 1),
         "prompt_template": _text,
         "label_key": _text,
@@ -145,8 +145,8 @@ FIELDS: dict[type, dict[str, Test]] = {
         "weights": _none_or(_tuple(_above_0, 1)),
         "cache_dir": _none_or(_text),
     },
-    ChatPromptTokens: {part.name: _text for part in fields(ChatPromptTokens)},
-    schema.TokenizerConfig: {
+    dataset.ChatPromptTokens: {part.name: _text for part in fields(dataset.ChatPromptTokens)},
+    dataset.TokenizerConfig: {
         "library": _none_or(_one_of("huggingface", "sentencepiece", "tiktoken")),
         "type": _none_or(_text),
         "model": _none_or(_text),
@@ -161,6 +161,15 @@ FIELDS: dict[type, dict[str, Test]] = {
         "mode": _one_of("min", "max"),
         "save_top_k": _whole(-1),
     },
+    schema.ExperimentConfig: {
+        **dict.fromkeys(("explicit_log_dir", "exp_dir"), _none_or(_text)),
+        "name": _text,
+        **dict.fromkeys(
+            ("summary_writer_kwargs", "wandb_logger_kwargs", "mlflow_logger_kwargs"),
+            _none_or(lambda value: isinstance(value, Mapping)),
+        ),
+        "files_to_copy": _tuple(_text),
+    },
     schema.SpinConfig: {
         "micro_batch_size": _whole(1),
         "micro_batch_tokens": _none_or(_whole(1)),
@@ -172,6 +181,9 @@ FIELDS: dict[type, dict[str, Test]] = {
         "restore_from_path": _text,
     },
 }
+
+
+FIELDS[dataset.ValidationConfig] = FIELDS[dataset.DatasetConfig]
 
 
 def broken_promises(config: schema.SpinConfig) -> list[str]:
@@ -202,7 +214,7 @@ def _together(config: schema.SpinConfig) -> list[str]:
         "betas for each iteration": len(spin.ref_policy_kl_penalty) == loop.max_iterations,
         "temperatures for each iteration": len(spin.temperature) == loop.max_iterations,
         "epochs for each iteration": len(loop.max_epochs) == loop.max_iterations,
-        "iterations to replay": len(spin.replay_weights) <= max(1, loop.max_iterations - 1),
+        "iterations to replay": len(spin.replay_weights) == spin.replay_iterations <= max(1, loop.max_iterations - 1),
         "responses that differ": spin.num_generations == 1
         or not (spin.sampling_params.use_greedy or spin.first_rollouts_from_data),
         "responses to choose from": spin.num_generations > 1 or spin.rejected_selection == "all",
@@ -229,10 +241,10 @@ def _together(config: schema.SpinConfig) -> list[str]:
         "recomputed layers": (config.recompute.granularity == "full") == (config.recompute.method is not None)
         and (config.recompute.method is None) == (config.recompute.num_layers is None),
     }
-    for dataset in filter(None, (config.train_ds, config.validation_ds)):
+    for data in filter(None, (config.train_ds, config.validation_ds)):
         rules |= {
-            "weights of files": dataset.weights is None or len(dataset.weights) == len(dataset.file_path),
-            "a field to cut": dataset.overlong != "truncate" or dataset.truncation_field is not None,
-            "the label at the end": dataset.prompt_template.endswith(f"{{{dataset.label_key}}}"),
+            "weights of files": data.weights is None or len(data.weights) == len(data.file_path),
+            "a field to cut": data.overlong != "truncate" or data.truncation_field is not None,
+            "the label at the end": data.prompt_template.endswith(f"{{{data.label_key}}}"),
         }
     return [rule for rule, holds in rules.items() if not holds]

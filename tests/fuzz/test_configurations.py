@@ -23,12 +23,10 @@ from nemo_spin.config import (
     resolved,
     with_shipped_configurations,
 )
-from nemo_spin.config.aligner.translate import translate
 from nemo_spin.config.composing import composing
-from nemo_spin.config.keys import check_keys
-from nemo_spin.config.parse import parse_known
+from nemo_spin.config.parse import judged
 from nemo_spin.config.plain import check_plain
-from nemo_spin.config.review import VERDICTS, refusals, verdicts
+from nemo_spin.config.review import VERDICTS, verdicts
 from nemo_spin.errors import ConfigError
 
 
@@ -57,8 +55,9 @@ def check_value(base: dict[str, Any], key: str, value: Any) -> str:
     put(cfg, key, value)
     try:
         check_plain(cfg)
-        check_keys(cfg)
-        config = parse_known(translate(cfg))
+        config, errors = judged(cfg)
+        for error in errors:
+            raise error
     except ConfigError as error:
         check_refusal(error)
         return "refused"
@@ -98,7 +97,8 @@ def check_review(cfg: Any) -> None:
     except ConfigError:
         return
     assert {found.verdict for found in verdicts(plain)} <= set(VERDICTS)
-    refusals(plain, parse_known, SHIPPED)
+    for error in judged(plain)[1]:
+        check_refusal(error)
 
 
 @pytest.mark.filterwarnings("ignore")

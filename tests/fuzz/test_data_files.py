@@ -14,6 +14,7 @@ from data_inputs import DataFile, Line, data_files
 from fuzzing import Fuzz, check_sentence
 from hypothesis import strategies as st
 
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data.dataset import SFTDataset, load_dataset
 from nemo_spin.data.encoder import RecordEncoder
 from nemo_spin.data.prompts import read_prompts
@@ -50,7 +51,7 @@ def test_data_files(fuzz: Fuzz) -> None:
 def check_data(file: DataFile, options: dict[str, Any]) -> str:
     with written(file) as (path, cache):
         try:
-            dataset = load_dataset(path, TOKENIZER, cache_dir=cache, **options)
+            dataset = loaded(path, cache, **options)
         except UserError as error:
             check_refusal(error, path, file, options)
             # an entry is made before its length is looked at, and is whole then
@@ -60,6 +61,10 @@ def check_data(file: DataFile, options: dict[str, Any]) -> str:
         check_examples(dataset, options)
         check_nothing_is_lost(dataset, file, options)
         return "read"
+
+
+def loaded(path: Path, cache: Path, *, max_seq_length: int, **options: Any) -> SFTDataset:
+    return load_dataset(DatasetConfig((str(path),), cache_dir=str(cache), **options), TOKENIZER, max_seq_length)
 
 
 def check_refusal(error: UserError, path: Path, file: DataFile, options: dict[str, Any]) -> None:

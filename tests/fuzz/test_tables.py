@@ -18,6 +18,7 @@ from fuzzing import Fuzz, check_sentence
 from hypothesis import strategies as st
 from test_data_files import check_cache
 
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import UserError
@@ -128,7 +129,7 @@ def flip(path: Path, at: int, bits: int) -> None:
 
 def load(path: Path, cache: Path, number: int | None) -> str:
     try:
-        dataset = load_dataset(path, BytesTokenizer(), max_seq_length=99, on_bad_record="skip", cache_dir=cache)
+        dataset = load_dataset(DatasetConfig((path,), on_bad_record="skip", cache_dir=cache), BytesTokenizer(), 99)
     except UserError as error:
         check_sentence(error, str(path))
         return "refused"

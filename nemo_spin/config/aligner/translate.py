@@ -7,14 +7,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_spin.config.aligner.unread import at
+from nemo_spin.config.aligner.table import TABLE
+from nemo_spin.config.reading import at
 
 # keys that are known for their translation only -> the key that takes their value
-TRANSLATED = {
-    "model.spin.rollout_micro_batch_size": "model.spin.rollout_batch_size",
-    "model.spin.generation_batch_size": "model.spin.rollout_batch_size",
-    "trainer.max_time": "exp_manager.max_time_per_run",
-}
+TRANSLATED = {key: entry.target for key, entry in TABLE.items() if entry.target and entry.is_taken}
 _DATASETS = ("model.data.train_ds", "model.data.validation_ds")
 
 

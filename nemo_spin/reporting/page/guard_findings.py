@@ -1,6 +1,6 @@
 """Findings on what the guards of a run watch too (`model.spin.guards`): steps that were skipped, and its rollouts.
 
-The run's own thresholds count, null for never; those at the top of this file where its configuration has none.
+The run's own thresholds count, null for never; the defaults where its configuration has none.
 """
 
 from __future__ import annotations
@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from nemo_spin.config import GuardsConfig
 from nemo_spin.reporting.page.run_directory import Run
 
-CUT_OFF = 0.1  # share of responses
-EMPTY = 0.01
-REPEATED = 0.05
-ENTROPY = 0.05  # nats per generated token
+_DEFAULTS = GuardsConfig()
 EXACT_MATCH = 0.5  # share of responses; no guard of the run
 
 Words = Iterator[tuple[str, str, str]]
@@ -41,8 +39,7 @@ def left_out(run: Run) -> Words:
 
 
 def rollouts(run: Run) -> Words:
-    cut_off, empty = _guard(run, "cut_off", CUT_OFF), _guard(run, "empty", EMPTY)
-    repeated = _guard(run, "repeated", REPEATED)
+    cut_off, empty, repeated = (_guard(run, key) for key in ("cut_off", "empty", "repeated"))
     shares = (
         ("rollout/finish_reason_length", cut_off, "Responses cut off", "ran into the length limit", "finish reasons"),
         ("rollout/empty", empty, "Empty responses", "have no token but the stop token", "empty and repeated"),
@@ -55,7 +52,7 @@ def rollouts(run: Run) -> Words:
 
 
 def certain(run: Run) -> Words:
-    limit = _guard(run, "entropy", ENTROPY)
+    limit = _guard(run, "entropy")
     if limit is None or run.get("model.spin.sampling_params.use_greedy"):
         return
     values = {iteration: run.history.last("rollout/entropy", iteration) for iteration in run.history.iterations()}
@@ -70,12 +67,12 @@ def certain(run: Run) -> Words:
         )
 
 
-def _guard(run: Run, key: str, default: float) -> float | None:
+def _guard(run: Run, key: str) -> float | None:
     """A threshold of the run's guards; None where it is switched off."""
     guards = run.get("model.spin.guards", {})
     if isinstance(guards, dict) and key in guards:
         return run.number(f"model.spin.guards.{key}")
-    return default
+    return getattr(_DEFAULTS, key)
 
 
 def _high_shares(run: Run, name: str, limit: float, form: str = ".1%") -> str:

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_spin.config import check_overrides, config_dir, parse_config, register_resolvers
-from nemo_spin.config.keys import KEYS
+from nemo_spin.config import (
+    check_overrides,
+    config_dir,
+    parse_config,
+    register_resolvers,
+    with_checkpoint,
+    with_defaults,
+)
+from nemo_spin.config.parse import defaults
 from nemo_spin.errors import ConfigError
 
 REQUIRED = {
@@ -42,22 +48,41 @@ def test_shipped_configurations_run_as_they_are(name: str) -> None:
     assert cfg.spin.sampling_params.temperature == 1.0
 
 
-def test_every_key_of_the_shipped_file_is_known_and_explained() -> None:
-    def keys(node: Any, path: str = "") -> set[str]:
-        return {f"{path}.{key}".lstrip(".") for key in node} | {
-            name for key, value in node.items() if isinstance(value, dict) for name in keys(value, f"{path}.{key}")
-        }
+def test_an_absent_key_has_the_default_of_the_shipped_file() -> None:
+    shipped_file = OmegaConf.load(config_dir() / "gpt_spin.yaml")
+    for key, value in REQUIRED.items():
+        OmegaConf.update(shipped_file, key, value)
+    given = OmegaConf.create({})
+    for key, value in (REQUIRED | {"model.data.validation_ds.file_path": None}).items():
+        OmegaConf.update(given, key, value, force_add=True)
+    assert parse_config(given) == parse_config(shipped_file)
+    with pytest.raises(ConfigError, match="is missing"):
+        parse_config({})
+    assert with_defaults({}).model.tensor_model_parallel_size is None, "of NeMo-Aligner: the checkpoint's"
+    assert defaults()["model"]["tensor_model_parallel_size"] == 1
+    # What validation lacks is as in training.
+    both = {"model__data__train_ds__prompt_template": "{input}{output}", "model__data__train_ds__max_seq_length": 9}
+    cfg = shipped(**both, model__data__validation_ds__file_path="validation.jsonl")
+    cfg.model.data.validation_ds = {"file_path": "validation.jsonl", "max_seq_length": None}
+    validation = parse_config(cfg).validation_ds
+    assert validation is not None and validation.prompt_template == "{input}{output}"
+    assert (validation.max_seq_length, validation.shuffle, validation.weights) == (None, False, None)
 
-    text = (config_dir() / "gpt_spin.yaml").read_text()
-    known = {f"{section}.{key}".lstrip(".") for section, names in KEYS.items() for key in names}
-    present = keys(yaml.safe_load(text))
-    assert {key for key in present if "_logger_kwargs." not in key} <= known
-    of_spin = ("model.spin", "model.spin.sampling_params", "model.spin.length_params", "model.spin.guards")
-    for section in ("trainer.spin", *of_spin):
-        lines = {line.split(":")[0].strip(): line for line in text.splitlines() if ":" in line}
-        optional = {"add_BOS", "all_probs", "compute_logprob"}  # accepted, but there is nothing to choose
-        leaves = [key for key in KEYS[section] - optional if f"{section}.{key}" not in KEYS]
-        assert [key for key in leaves if "#" not in lines[key]] == []
+
+def test_a_configuration_is_completed_with_what_the_checkpoint_says() -> None:
+    given = {"model": {"spin": {"length_params": {"max_length": "${int_div:${model.encoder_seq_length}, 2}"}}}}
+    cfg = OmegaConf.create(given | {"trainer": {"devices": 4}})
+    for key, value in REQUIRED.items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    before = OmegaConf.to_yaml(cfg)
+    parsed, complete = with_checkpoint(cfg, 101, (2, 1))
+    assert OmegaConf.to_yaml(cfg) == before
+    assert (str(parsed.parallel), parsed.encoder_seq_length) == ("TP 2 x PP 1 x DP 2", 101)
+    assert parsed.spin.length_params.max_length == complete.model.spin.length_params.max_length == 50
+    assert complete.model.tensor_model_parallel_size == 2 and complete.trainer.spin.save_interval == 100
+    OmegaConf.set_struct(cfg, True)
+    cfg.trainer.devices = 1
+    assert str(with_checkpoint(cfg, 101, None)[0].parallel) == "TP 1 x PP 1 x DP 1"
 
 
 def test_null_switches_a_guard_off_and_no_section_means_the_shipped_thresholds() -> None:
@@ -150,24 +175,27 @@ def test_resolvers_and_plain_mappings() -> None:
             {"model__spin__generation_engine": "vllm"},
             "generation_engine = 'vllm': use one of auto, nemo_spin, megatron",
         ),
-        ({"model__optim__lr": 0.0}, "model.optim.lr = 0.0: use finite numbers above 0"),
-        ({"model__optim__lr": "9e-6"}, "model.optim.lr = '9e-6': use finite numbers"),
+        ({"model__optim__lr": 0.0}, "model.optim.lr = 0.0: use a finite number above 0"),
+        ({"model__optim__lr": "9e-6"}, "model.optim.lr = '9e-6': use a finite number above 0"),
         ({"model__optim__lr": 5e-8}, "model.optim.sched.min_lr = .* must not be above the learning rate"),
         ({"model__optim__betas": [0.9, 1.0]}, "model.optim.betas"),
         ({"model__optim__sched__name": "Step"}, "sched.name = 'Step': use one of CosineAnnealing"),
         ({"model__data__train_ds__overlong": "cut"}, "overlong = 'cut': use one of refuse, drop"),
         ({"model__data__train_ds__prompt_template": "{input}"}, "model.data.train_ds: .*lacks {output}"),
-        ({"model__data__train_ds__add_sep": True}, "add_sep = True: only false"),
-        ({"model__spin__sampling_params__temperature": 0}, "temperature = 0: use finite numbers above 0"),
+        ({"model__data__train_ds__add_sep": True}, "add_sep = true is not supported, .*: remove it"),
+        ({"model__spin__sampling_params__temperature": 0}, "temperature = 0: use a finite number above 0"),
         ({"model__spin__sampling_params__top_p": 1.5}, "top_p = 1.5: use a finite number above 0 and at most 1"),
         ({"model__spin__sampling_params__end_strings": "x"}, "end_strings = 'x': use a list"),
-        ({"model__spin__sampling_params__add_BOS": True}, "add_BOS = True: only false"),
+        (
+            {"model__spin__sampling_params__add_BOS": True},
+            "add_BOS = true is not supported, a response continues .*: remove",
+        ),
         ({"model__activations_checkpoint_granularity": "some"}, "use one of selective, full"),
         ({"exp_manager__resume_if_exists": "maybe"}, "exp_manager.resume_if_exists = 'maybe'"),
         # beta: positive, finite, and as many as there are iterations
         ({"model__spin__ref_policy_kl_penalty": None}, "ref_policy_kl_penalty is missing"),
-        ({"model__spin__ref_policy_kl_penalty": 0.0}, "ref_policy_kl_penalty = 0.0: use finite numbers above 0"),
-        ({"model__spin__ref_policy_kl_penalty": math.nan}, "ref_policy_kl_penalty = nan: use finite numbers"),
+        ({"model__spin__ref_policy_kl_penalty": 0.0}, "ref_policy_kl_penalty = 0.0: use a finite number above 0"),
+        ({"model__spin__ref_policy_kl_penalty": math.nan}, "ref_policy_kl_penalty = nan: use a finite number above 0"),
         ({"model__spin__ref_policy_kl_penalty": [1.0, 1.0, -1.0]}, "use finite numbers above 0"),
         ({"model__spin__ref_policy_kl_penalty": [0.1, 0.2]}, "it has 2 values for trainer.spin.max_iterations = 3"),
         ({"model__spin__ref_policy_kl_penalty": [0.1] * 4}, "it has 4 values for trainer.spin.max_iterations = 3"),

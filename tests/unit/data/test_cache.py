@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data.cache import UnusableEntryError, open_or_make
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.errors import DataError
@@ -19,10 +20,10 @@ LINE = '{"input": "abc", "output": "d"}'
 
 def test_the_second_load_does_not_tokenize(write, tokenizer, cache):
     path = write(LINE, LINE)
-    first = load_dataset(path, tokenizer, max_seq_length=10)
+    first = load_dataset(DatasetConfig((path,)), tokenizer, 10)
     tokenized = len(tokenizer.encoded)
     # neither the way the path is written, nor a stricter option that changes nothing, makes a difference
-    second = load_dataset(os.path.relpath(path), tokenizer, max_seq_length=10, overlong="drop", on_bad_record="skip")
+    second = load_dataset(DatasetConfig((os.path.relpath(path),), overlong="drop", on_bad_record="skip"), tokenizer, 10)
     assert list(second) == list(first)
     assert second.reports[0].kept == 2
     assert len(tokenizer.encoded) == tokenized
@@ -32,8 +33,8 @@ def test_the_second_load_does_not_tokenize(write, tokenizer, cache):
 @pytest.mark.parametrize("change", ["file", "template", "tokenizer", "length", "bos"])
 def test_a_change_is_noticed(write, make_tokenizer, change):
     path = write(LINE)
-    options = {"max_seq_length": 10}
-    load_dataset(path, make_tokenizer(), **options)
+    length, options = 10, {}
+    load_dataset(DatasetConfig((path,)), make_tokenizer(), length)
     tokenizer = make_tokenizer()
     if change == "file":
         stat = path.stat()
@@ -41,20 +42,18 @@ def test_a_change_is_noticed(write, make_tokenizer, change):
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     elif change == "tokenizer":
         tokenizer.fingerprint = "other"
+    elif change == "length":
+        length = 11
     else:
-        options |= {
-            "template": {"prompt_template": "Q {input} {output}"},
-            "length": {"max_seq_length": 11},
-            "bos": {"add_bos": True},
-        }[change]
-    load_dataset(path, tokenizer, **options)
+        options = {"template": {"prompt_template": "Q {input} {output}"}, "bos": {"add_bos": True}}[change]
+    load_dataset(DatasetConfig((path,), **options), tokenizer, length)
     assert tokenizer.encoded
 
 
 @pytest.mark.parametrize("damage", ["cut", "no report", "report", "empty", "no examples"])
 def test_a_damaged_entry_is_made_anew(write, tokenizer, cache, damage):
     path = write(LINE)
-    (example,) = load_dataset(path, tokenizer, max_seq_length=10)
+    (example,) = load_dataset(DatasetConfig((path,)), tokenizer, 10)
     (entry,) = (entry for entry in cache.iterdir() if entry.is_dir())
     examples, report = entry / "examples.arrow", entry / "report.json"
     if damage == "cut":
@@ -65,12 +64,12 @@ def test_a_damaged_entry_is_made_anew(write, tokenizer, cache, damage):
         report.write_text('{"bytes": 1')
     else:
         (report if damage == "no report" else examples).unlink()
-    assert list(load_dataset(path, tokenizer, max_seq_length=10)) == [example]
+    assert list(load_dataset(DatasetConfig((path,)), tokenizer, 10)) == [example]
 
 
 def test_an_error_leaves_nothing_behind(write, tokenizer, cache):
     with pytest.raises(DataError):
-        load_dataset(write(LINE, "broken"), tokenizer, max_seq_length=10)
+        load_dataset(DatasetConfig((write(LINE, "broken"),)), tokenizer, 10)
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
 
 
@@ -79,7 +78,7 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(write, tokenizer, tmp_path
     with pytest.raises(
         DataError, match=r"cannot be written to .*/file/cache \(Not a directory\): .*model.data.cache_dir"
     ):
-        load_dataset(write(LINE), tokenizer, max_seq_length=10, cache_dir=tmp_path / "file" / "cache")
+        load_dataset(DatasetConfig((write(LINE),), cache_dir=tmp_path / "file" / "cache"), tokenizer, 10)
 
 
 def test_a_full_disk_is_a_sentence(write, tokenizer, monkeypatch, cache):
@@ -88,7 +87,7 @@ def test_a_full_disk_is_a_sentence(write, tokenizer, monkeypatch, cache):
 
     monkeypatch.setattr("nemo_spin.data.store.ArrowWriter.write_table", full)
     with pytest.raises(DataError, match=r"cannot be written to .* \(No space left on device\): make room there"):
-        load_dataset(write(LINE), tokenizer, max_seq_length=10)
+        load_dataset(DatasetConfig((write(LINE),)), tokenizer, 10)
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
 
 
@@ -123,10 +122,10 @@ def test_of_two_processes_one_makes_it(tmp_path):
 
 def test_what_a_killed_process_has_left_is_no_hindrance(write, tokenizer, cache):
     path = write(LINE)
-    load_dataset(path, tokenizer, max_seq_length=10)
+    load_dataset(DatasetConfig((path,)), tokenizer, 10)
     (entry,) = (entry for entry in cache.iterdir() if entry.is_dir())
     unfinished = entry.with_name(f".unfinished-{entry.name}")
     entry.rename(unfinished)
-    assert len(load_dataset(path, tokenizer, max_seq_length=10)) == 1
+    assert len(load_dataset(DatasetConfig((path,)), tokenizer, 10)) == 1
     assert not unfinished.exists()
     shutil.rmtree(entry)

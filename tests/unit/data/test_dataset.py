@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.data.example import Example
 from nemo_spin.errors import ConfigError, DataError
@@ -21,7 +22,7 @@ def record(prompt: int, response: int) -> str:
 
 
 def test_examples_of_mixed_formats(write, tokenizer):
-    dataset = load_dataset(write(*MIXED), tokenizer, max_seq_length=100)
+    dataset = load_dataset(DatasetConfig((write(*MIXED),)), tokenizer, 100)
     assert len(dataset) == 3
     assert dataset[0] == Example(0, tuple(tokenizer.encode("abc")), tuple(tokenizer.encode(" d</s>")))
     assert dataset[1] == Example(1, (9, 8, 7), (6,))
@@ -35,13 +36,13 @@ def test_examples_of_mixed_formats(write, tokenizer):
 
 
 def test_chat_is_noticed_only_where_it_is_used(write, tokenizer):
-    assert load_dataset(write(*MIXED[:2]), tokenizer, max_seq_length=100).stop_ids == {2}
-    assert load_dataset(write(*MIXED), tokenizer, max_seq_length=10, overlong="drop").stop_ids == {2}
+    assert load_dataset(DatasetConfig((write(*MIXED[:2]),)), tokenizer, 100).stop_ids == {2}
+    assert load_dataset(DatasetConfig((write(*MIXED),), overlong="drop"), tokenizer, 10).stop_ids == {2}
 
 
 def test_the_length_limit_is_exact(write, tokenizer):
     path = write(record(7, 3), record(9, 1))
-    dataset = load_dataset(path, tokenizer, max_seq_length=10)
+    dataset = load_dataset(DatasetConfig((path,)), tokenizer, 10)
     assert [len(example.prompt_ids) for example in dataset] == [7, 9]
     assert str(dataset.reports[0]) == f"{path}: read 2 examples, longest 10 tokens"
 
@@ -52,7 +53,7 @@ OVERLONG = [record(7, 3), record(7, 4), "", record(10, 1), record(2, 2), record(
 def test_overlong_examples_are_refused_with_numbers(write, tokenizer):
     path = write(*OVERLONG, *[record(11, 1)] * 4)
     with pytest.raises(DataError) as caught:
-        load_dataset(path, tokenizer, max_seq_length=10)
+        load_dataset(DatasetConfig((path,)), tokenizer, 10)
     assert str(caught.value) == (
         f"{path}: 7 of 9 examples are longer than max_seq_length = 10 tokens (6 by their prompt alone), "
         "at line 2, 4, 6, 7, 8, ..., the longest 31: "
@@ -62,7 +63,7 @@ def test_overlong_examples_are_refused_with_numbers(write, tokenizer):
 
 def test_overlong_examples_are_dropped_and_counted(write, tokenizer):
     path = write(*OVERLONG)
-    dataset = load_dataset(path, tokenizer, max_seq_length=10, overlong="drop")
+    dataset = load_dataset(DatasetConfig((path,), overlong="drop"), tokenizer, 10)
     assert [(example.index, len(example.prompt_ids), len(example.response_ids)) for example in dataset] == [
         (0, 7, 3),
         (1, 2, 2),
@@ -76,13 +77,13 @@ def test_overlong_examples_are_dropped_and_counted(write, tokenizer):
 
 def test_nothing_left_is_an_error(write, tokenizer):
     with pytest.raises(DataError, match="all 5 examples are longer than max_seq_length = 3 "):
-        load_dataset(write(*OVERLONG), tokenizer, max_seq_length=3, overlong="drop")
+        load_dataset(DatasetConfig((write(*OVERLONG),), overlong="drop"), tokenizer, 3)
 
 
 def test_a_bad_line_is_named_by_its_place_in_the_file(write, tokenizer):
     path = write(*MIXED, '{"input": "x"}')
     with pytest.raises(DataError) as caught:
-        load_dataset(path, tokenizer, max_seq_length=100)
+        load_dataset(DatasetConfig((path,)), tokenizer, 100)
     assert str(caught.value).startswith(f"{path}:5: ")
 
 
@@ -95,11 +96,11 @@ def test_options_are_checked_before_the_file_is_read(tokenizer):
         ({"weights": [0]}, "above 0"),
     ]:
         with pytest.raises(ConfigError, match=says):
-            load_dataset("nowhere", tokenizer, max_seq_length=9, **options)
+            load_dataset(DatasetConfig(("nowhere",), **options), tokenizer, 9)
     with pytest.raises(ConfigError, match="names no file"):
-        load_dataset([], tokenizer, max_seq_length=9)
+        load_dataset(DatasetConfig(()), tokenizer, 9)
     with pytest.raises(ConfigError, match="prompt_template"):
-        load_dataset("nowhere", tokenizer, max_seq_length=9, prompt_template="{input}")
+        load_dataset(DatasetConfig(("nowhere",), prompt_template="{input}"), tokenizer, 9)
 
 
 # records that cannot be used
@@ -109,7 +110,7 @@ BAD = ['{"input": "x"}', "[]", b"\xff", '{"input": "x", "output": ""}', '{"input
 
 def test_bad_records_are_skipped_and_counted_by_reason(write, tokenizer):
     path = write(MIXED[0], *BAD)
-    dataset = load_dataset(path, tokenizer, max_seq_length=100, on_bad_record="skip")
+    dataset = load_dataset(DatasetConfig((path,), on_bad_record="skip"), tokenizer, 100)
     assert len(dataset) == 1
     report = dataset.reports[0]
     assert {reason: (noted.count, noted.places) for reason, noted in report.skipped.items()} == {
@@ -122,22 +123,22 @@ def test_bad_records_are_skipped_and_counted_by_reason(write, tokenizer):
     assert "; skipped 2: the key 'output' of prompt_template is missing (line 2, 6)" in str(report)
     # what is kept of it does not make the file good
     with pytest.raises(DataError, match=r":2: the key 'output' of prompt_template is missing \(the record has"):
-        load_dataset(path, tokenizer, max_seq_length=100)
+        load_dataset(DatasetConfig((path,)), tokenizer, 100)
 
 
 def test_a_file_with_nothing_but_bad_records_is_an_error(write, tokenizer):
     with pytest.raises(DataError, match=r"none of its 6 records can be used, the first because of this: .*:1: the key"):
-        load_dataset(write(*BAD), tokenizer, max_seq_length=100, on_bad_record="skip")
+        load_dataset(DatasetConfig((write(*BAD),), on_bad_record="skip"), tokenizer, 100)
 
 
 def test_truncated_records_are_counted(write, tokenizer):
     lines = [json.dumps({"input": text, "output": "y"}) for text in ("abc", "abcdefgh", "abcdefghi")]
     options = {"overlong": "truncate", "truncation_field": "input"}
-    dataset = load_dataset(write(*lines), tokenizer, max_seq_length=9, **options)
+    dataset = load_dataset(DatasetConfig((write(*lines),), **options), tokenizer, 9)
     assert [tokenizer.decode(example.prompt_ids) for example in dataset] == ["abc", "abcdef", "abcdef"]
     assert str(dataset.reports[0]).endswith("read 3 examples, longest 12 tokens; cut 2 to 9 tokens (line 2, 3)")
     with pytest.raises(DataError, match="at line 1, the longest 11: what truncation_field names is not enough to cut"):
-        load_dataset(write(record(10, 1)), tokenizer, max_seq_length=9, **options)
+        load_dataset(DatasetConfig((write(record(10, 1)),), **options), tokenizer, 9)
 
 
 # given rejected responses
@@ -150,13 +151,13 @@ def pair(generated: str) -> str:
 
 
 def test_given_rejected_responses(write, tokenizer):
-    dataset = load_dataset(write(pair("bbb"), MIXED[1], pair("")), tokenizer, max_seq_length=100)
+    dataset = load_dataset(DatasetConfig((write(pair("bbb"), MIXED[1], pair("")),)), tokenizer, 100)
     assert tokenizer.decode(dataset.given_rejected(0)) == "bbb<|im_end|>"
     assert dataset.given_rejected(1) is None
     assert dataset.given_rejected(2) is None
     assert dataset.num_given_rejected == 1
     room = len(dataset[0].prompt_ids) + 3
-    cut = load_dataset(write(pair("bbbb")), tokenizer, max_seq_length=room)
+    cut = load_dataset(DatasetConfig((write(pair("bbbb")),)), tokenizer, room)
     assert tokenizer.decode(cut.given_rejected(0)) == "bbb"  # no stop token: it was cut off
     assert cut.reports[0].cut_rejected == 1
 
@@ -167,7 +168,7 @@ def test_given_rejected_responses(write, tokenizer):
 def test_several_files_follow_each_other(write, tokenizer, tmp_path):
     second = tmp_path / "second.jsonl"
     second.write_text(record(2, 1) + "\n" + pair("b") + "\n")
-    dataset = load_dataset([write(*MIXED), second], tokenizer, max_seq_length=100, weights=[1, 0.5])
+    dataset = load_dataset(DatasetConfig((write(*MIXED), second), weights=[1, 0.5]), tokenizer, 100)
     assert [(share.num_examples, share.weight) for share in dataset.shares] == [(3, 1), (2, 0.5)]
     assert [example.index for example in dataset] == [0, 1, 2, 3, 4]
     assert dataset[3] == Example(3, (9, 9), (8,))
@@ -178,6 +179,8 @@ def test_several_files_follow_each_other(write, tokenizer, tmp_path):
 
 
 def test_more_examples_than_a_batch_of_the_file(write, tokenizer):
-    dataset = load_dataset(write(*[record(i % 7 + 1, i % 3 + 1) for i in range(9000)]), tokenizer, max_seq_length=100)
+    dataset = load_dataset(
+        DatasetConfig((write(*[record(i % 7 + 1, i % 3 + 1) for i in range(9000)]),)), tokenizer, 100
+    )
     for index in (0, 1, 4095, 4096, 4097, 8191, 8192, 8999):
         assert dataset[index] == Example(index, (9,) * (index % 7 + 1), (8,) * (index % 3 + 1))

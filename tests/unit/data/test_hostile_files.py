@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nemo_spin.commands.data import _summary
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data import jsonl, store, tables
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.data.records import identity_of, read_records
@@ -38,7 +39,7 @@ def test_a_line_that_is_too_long_is_not_kept(tmp_path, tokenizer, monkeypatch, c
     path = tmp_path / "data.jsonl"
     path.write_bytes(compress(LINE + longest + b"[" * 5_000_000 + b"\n" + LINE + b" " * 1001 + b"\n" + LINE))
     assert refusal(path).startswith(f"{path}:3: the line is longer than ")
-    dataset = load_dataset(path, tokenizer, max_seq_length=2000, on_bad_record="skip")
+    dataset = load_dataset(DatasetConfig((path,), on_bad_record="skip"), tokenizer, 2000)
     assert len(dataset) == 4
     assert [noted.places for noted in dataset.reports[0].skipped.values()] == [["line 3", "line 5"]]
 
@@ -51,7 +52,7 @@ def test_a_name_that_no_terminal_shows(tmp_path, tokenizer, capsys):
     assert refusal(path) == f"{tmp_path}/\\udcff .jsonl:2: not valid JSON at column 1 (Expecting value): " + (
         "write one JSON object per line"
     )
-    dataset = load_dataset(path, tokenizer, max_seq_length=9, on_bad_record="skip")
+    dataset = load_dataset(DatasetConfig((path,), on_bad_record="skip"), tokenizer, 9)
     assert list(dataset.reports[0].skipped) == ["not valid JSON at column N"]
     print(*_summary(dataset.reports[0]), sep="\n")
     assert "\\udcff\\n.jsonl: 2 records, 1 of them used" in capsys.readouterr().out
@@ -96,7 +97,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, tokenizer):
     for path in (tmp_path / "pipe", "/dev/zero"):
         assert "is not a file but a pipe or a device" in refusal(path)
         with pytest.raises(DataError, match="is not a file"):
-            load_dataset(path, tokenizer, max_seq_length=9)
+            load_dataset(DatasetConfig((path,)), tokenizer, 9)
 
 
 def test_links_in_a_circle(tmp_path):
@@ -116,7 +117,7 @@ def test_a_row_without_a_value_for_python_is_named(tmp_path, tokenizer):
     dates = pa.array([0, 2**60, 0], pa.timestamp("ms"))
     pq.write_table(pa.table({"input": ["a", "b", "c"], "output": ["x", "y", "z"], "date": dates}), path)
     assert refusal(path).startswith(f"{path}: row 2: a value cannot be read (")
-    dataset = load_dataset(path, tokenizer, max_seq_length=9, on_bad_record="skip")
+    dataset = load_dataset(DatasetConfig((path,), on_bad_record="skip"), tokenizer, 9)
     assert len(dataset) == 2 and dataset.reports[0].skipped_count == 1
 
 
@@ -158,13 +159,13 @@ def test_what_a_chat_template_makes_of_other_keys(write, make_tokenizer):
     name = "\ud800"
     turns = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(DataError, match=r":1: what the chat template makes of the messages holds half of a surrogate"):
-        load_dataset(write(json.dumps({"messages": turns})), tokenizer, max_seq_length=99)
+        load_dataset(DatasetConfig((write(json.dumps({"messages": turns})),)), tokenizer, 99)
 
 
 def test_long_examples_are_written_before_their_offsets_overflow(write, tokenizer, monkeypatch):
     monkeypatch.setattr(store, "_TOKENS_AT_ONCE", 10)
     records = [{"prompt_ids": [9] * n, "response_ids": [8]} for n in (3, 3, 5, 1, 30, 2)]
-    dataset = load_dataset(write(*map(json.dumps, records)), tokenizer, max_seq_length=99)
+    dataset = load_dataset(DatasetConfig((write(*map(json.dumps, records)),)), tokenizer, 99)
     assert [len(example.prompt_ids) for example in dataset] == [3, 3, 5, 1, 30, 2]
     assert dataset._stores[0]._prompts.num_chunks == 3
 
@@ -174,4 +175,4 @@ def test_a_prompt_of_which_cutting_leaves_nothing(write, tokenizer):
     with pytest.raises(
         DataError, match=r":1: nothing is left of the prompt when it is cut to 5 tokens with its respon"
     ):
-        load_dataset(path, tokenizer, max_seq_length=5, overlong="truncate", truncation_field="input")
+        load_dataset(DatasetConfig((path,), overlong="truncate", truncation_field="input"), tokenizer, 5)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.data.jsonl import read_jsonl
 from nemo_spin.errors import DataError
@@ -82,7 +83,7 @@ def test_only_data_errors_come_out_of_random_files(write, tokenizer):
                 line = bytearray(rng.randbytes(rng.randrange(40)))
         path = write(b'{"input": "x", "output": "y"}', bytes(line).replace(b"\n", b" "))
         try:
-            load_dataset(path, tokenizer, max_seq_length=1000)
+            load_dataset(DatasetConfig((path,)), tokenizer, 1000)
             read += 1
         except DataError as error:
             refusals.append(str(error))

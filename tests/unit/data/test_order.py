@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.data.order import Share, batches, epoch_order, epoch_size, num_batches
 from nemo_spin.errors import ConfigError
@@ -58,7 +59,7 @@ def test_limits_that_mean_nothing(limit):
 @pytest.mark.parametrize("limit", [None, 3, 0.8])
 def test_batches_resume_with_the_tail(write, tokenizer, limit):
     lines = [f'{{"prompt_ids": [{i}], "response_ids": [2]}}' for i in range(18)]
-    dataset = load_dataset(write(*lines), tokenizer, max_seq_length=9)
+    dataset = load_dataset(DatasetConfig((write(*lines),)), tokenizer, 9)
     order = epoch_order(18, 1, 0, 0, shuffle=True)
     whole = list(batches(dataset, order, 4, limit_batches=limit))
     assert len(whole) == num_batches(18, 4, limit)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nemo_spin.config import DatasetConfig
 from nemo_spin.data.dataset import load_dataset
 from nemo_spin.data.records import read_records
 from nemo_spin.errors import DataError
@@ -70,7 +71,7 @@ def test_a_saved_data_set(tmp_path, tokenizer):
     saved = datasets.Dataset.from_list(rows).select(range(599, -1, -1))
     saved.save_to_disk(path)
     assert list(read_records(path)) == [(f"{path}: row {n}", record) for n, record in enumerate(rows[::-1], start=1)]
-    assert len(load_dataset(path, tokenizer, max_seq_length=20)) == 600
+    assert len(load_dataset(DatasetConfig((path,)), tokenizer, 20)) == 600
 
     both = tmp_path / "both"
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(both)
@@ -86,7 +87,7 @@ def test_bad_rows_are_named(tmp_path, tokenizer):
     pq.write_table(pa.table({"input": text, "output": pa.array(["y", "y", None])}), path)
     with pytest.raises(DataError, match=r"data.parquet: row 2: a text is not UTF-8"):
         list(read_records(path))
-    dataset = load_dataset(path, tokenizer, max_seq_length=20, on_bad_record="skip")
+    dataset = load_dataset(DatasetConfig((path,), on_bad_record="skip"), tokenizer, 20)
     assert len(dataset) == 1
     assert [noted.places for noted in dataset.reports[0].skipped.values()] == [["row 2"], ["row 3"]]
 
@@ -125,7 +126,7 @@ def test_places_that_are_no_file(tmp_path, tokenizer):
         list(read_records(tmp_path / "nowhere"))
     for path, says in ((tmp_path, "is a directory"), (tmp_path / "nowhere", "does not exist"), ("a\0b", "cannot be")):
         with pytest.raises(DataError, match=says):
-            load_dataset(path, tokenizer, max_seq_length=9)
+            load_dataset(DatasetConfig((path,)), tokenizer, 9)
     (tmp_path / "empty").mkdir()
     empty = datasets.Dataset.from_dict({"input": [], "output": []})
     empty.save_to_disk(tmp_path / "empty")

@@ -11,12 +11,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from nemo_spin.commands import experiment
+from nemo_spin.config import ExperimentConfig
 from nemo_spin.errors import ConfigError, UserError
 from nemo_spin.runtime import run_lock
 
@@ -103,7 +104,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}
 def test_a_restart_goes_on_with_what_its_own_launch_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: dict[str, str], second: dict[str, str], goes_on: bool
 ) -> None:
-    cfg = OmegaConf.create({"exp_manager": {"resume_if_exists": False}})
+    exp = ExperimentConfig(resume_if_exists=False, resume_ignore_no_checkpoint=False)
     for name in {*TORCHRUN, *SLURM}:
         monkeypatch.delenv(name, raising=False)
 
@@ -120,13 +121,13 @@ def test_a_restart_goes_on_with_what_its_own_launch_began(
             pass
     started_by(second)
     if goes_on:
-        assert experiment.checkpoint_to_resume(cfg, tmp_path) == newest
+        assert experiment.checkpoint_to_resume(exp, tmp_path) == newest
         monkeypatch.setattr(experiment.TrainingCheckpoints, "latest", lambda self: None)
-        cfg.exp_manager.resume_if_exists = True
-        assert experiment.checkpoint_to_resume(cfg, tmp_path) is None, "killed before there was one"
+        exp = replace(exp, resume_if_exists=True)
+        assert experiment.checkpoint_to_resume(exp, tmp_path) is None, "killed before there was one"
     else:
         with pytest.raises(ConfigError, match="holds the checkpoints of an earlier run"):
-            experiment.checkpoint_to_resume(cfg, tmp_path)
+            experiment.checkpoint_to_resume(exp, tmp_path)
 
 
 def test_a_restart_has_more_patience(monkeypatch: pytest.MonkeyPatch, holder: subprocess.Popen, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""NeMo-Aligner's keys that nothing reads here, and what becomes of them.
+"""NeMo-Aligner's keys, and others that people may try: what becomes of each.
 
-A value that asks for what is so in any case is fine. Any other is refused where the result would not be the one that
-was asked for, and else noted when a run begins.
+A few are taken under another name. Nothing reads the others: a value that asks for what is so in any case is fine; any
+other is refused where the result would not be the one that was asked for, and else noted when a run begins.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from nemo_spin.config.reading import at
 
 _Test = Callable[[Any, Mapping[str, Any]], bool]
 
@@ -22,30 +24,26 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
-    """A key that nothing reads.
+class AlignerKey:
+    """What becomes of a key.
 
     agrees: the values, beside null, that ask for what is so in any case. reason: what that is.
     refused: of the other values, those that are refused; what is left is noted.
+    target: the key that takes its value. is_taken: False for a name that is refused, because what it meant is not quite
+        what `target` does.
     """
 
     agrees: Rule
     reason: str
     refused: Rule
+    target: str | None = None
+    is_taken: bool = True
 
     def verdict(self, value: Any, cfg: Mapping[str, Any]) -> str:
-        """ "honoured", "no effect" or "refused"."""
+        """ "honoured", "no effect" or "refused"; what has a `target` is honoured there."""
         if value is None or self.agrees.holds(value, cfg):
             return "honoured"
         return "refused" if self.refused.holds(value, cfg) else "no effect"
-
-
-def at(cfg: Any, key: str) -> Any:
-    """The value of a key such as "model.spin.beta" in nested mappings; None where there is none."""
-    node: Any = cfg
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return node
 
 
 def _one_of(*values: Any) -> Rule:
@@ -60,16 +58,25 @@ def _same_as(key: str) -> Rule:
     return Rule(lambda value, cfg: value == at(cfg, key), f"the same as {key}")
 
 
+_ANY = Rule(lambda value, cfg: True, "any")
 _REFUSED = Rule(lambda value, cfg: True, "refused")
 _NOTED = Rule(lambda value, cfg: False, "noted")
 
 
-def _refuse(agrees: Rule, reason: str) -> Unread:
-    return Unread(agrees, reason, _REFUSED)
+def _refuse(agrees: Rule, reason: str) -> AlignerKey:
+    return AlignerKey(agrees, reason, _REFUSED)
 
 
-def _note(agrees: Rule, reason: str) -> Unread:
-    return Unread(agrees, reason, _NOTED)
+def _note(agrees: Rule, reason: str) -> AlignerKey:
+    return AlignerKey(agrees, reason, _NOTED)
+
+
+def _takes(target: str) -> AlignerKey:
+    return AlignerKey(_ANY, f"{target} is the same", _NOTED, target)
+
+
+def _renamed(target: str) -> AlignerKey:
+    return AlignerKey(_ANY, f"use {target}", _NOTED, target, is_taken=False)
 
 
 def _all_true(value: Any) -> bool:
@@ -93,10 +100,17 @@ _NO_EXPERTS = "models with experts are not supported"
 _NO_DROPOUT = "there is no dropout"
 _FILES = "train_ds and validation_ds name their files in file_path"
 _NO_INDEX = "there are no index files; tokenized data is kept in model.data.cache_dir"
+_ONE_LOG = "NeMo's log is written by rank 0 alone"
 _RUN_DIR = "exp_dir/name is the directory of the run"
 _EVERY_EXAMPLE = "every example is used once in an epoch"
 
-UNREAD: dict[str, Unread] = {
+TABLE: dict[str, AlignerKey] = {
+    "model.spin.rollout_micro_batch_size": _takes("model.spin.rollout_batch_size"),
+    "model.spin.generation_batch_size": _takes("model.spin.rollout_batch_size"),
+    "trainer.max_time": _takes("exp_manager.max_time_per_run"),
+    "model.spin.beta": _renamed("model.spin.ref_policy_kl_penalty"),
+    "model.spin.num_rounds": _renamed("trainer.spin.max_iterations"),
+    "model.spin.num_rollout_samples": _renamed("model.spin.rollout_window"),
     "precision": _refuse(_same_as("trainer.precision"), "trainer.precision is what counts"),
     "name": _note(_same_as("exp_manager.name"), "exp_manager.name is what counts"),
     "trainer.logger": _refuse(_FALSE, "loggers come from exp_manager"),
@@ -115,6 +129,8 @@ UNREAD: dict[str, Unread] = {
     "exp_manager.version": _refuse(_NULL, _RUN_DIR),
     "exp_manager.use_datetime_version": _note(_FALSE, _RUN_DIR),
     "exp_manager.resume_from_checkpoint": _refuse(_NULL, "exp_manager.resume_if_exists resumes from the last one"),
+    "exp_manager.log_local_rank_0_only": _refuse(_ANY_FLAG, _ONE_LOG),
+    "exp_manager.log_global_rank_0_only": _refuse(_ANY_FLAG, _ONE_LOG),
     "exp_manager.create_checkpoint_callback": _note(_TRUE, "checkpoints are written in any case"),
     **{
         f"exp_manager.checkpoint_callback_params.{key}": unread
@@ -162,6 +178,10 @@ UNREAD: dict[str, Unread] = {
         Rule(lambda value, cfg: not at(value, "peft_scheme"), "without peft_scheme"),
         "all parameters are trained",
     ),
+    **{
+        f"model.spin.sampling_params.{key}": _refuse(_FALSE, "a response continues the prompt as the data has it")
+        for key in ("add_BOS", "all_probs", "compute_logprob")
+    },
     "model.spin.offload_adam_states": _note(_FALSE, "optimizer states stay on the device, which changes no result"),
     "model.optim.bucket_cap_mb": _note(_NULL, _BUFFERS),
     "model.optim.overlap_grad_sync": _note(_FALSE, _BUFFERS),
@@ -186,6 +206,7 @@ UNREAD: dict[str, Unread] = {
         f"model.data.{dataset}.{key}": unread
         for dataset in ("train_ds", "validation_ds")
         for key, unread in {
+            "add_sep": _refuse(_FALSE, "nothing is put between prompt and response but what prompt_template has there"),
             "memmap_workers": _note(_one_of(0), _ONCE),
             "num_workers": _note(_one_of(0), _ONCE),
             "hf_dataset": _refuse(_ANY_FLAG, "a file's first bytes say how it is read"),
@@ -209,7 +230,7 @@ UNREAD: dict[str, Unread] = {
     "model.data.train_ds.micro_batch_size": _refuse(
         _same_as("model.micro_batch_size"), "model.micro_batch_size is what counts"
     ),
-    "model.data.validation_ds.global_batch_size": Unread(
+    "model.data.validation_ds.global_batch_size": AlignerKey(
         _same_as("model.global_batch_size"),
         "validation has batches of model.global_batch_size",
         Rule(
