@@ -168,7 +168,7 @@ def run_with_bad_steps(*args: Any, bad: tuple[int, ...], rank: int = 0, **kwargs
     def train_step(self: SPINTrainer, batch: Any) -> dict[str, float]:
         if self.progress.step + 1 not in bad:
             return right(self, batch)
-        with poisoned(self.model.gpt, rank, QKV, math.nan):
+        with poisoned(self.policy.gpt, rank, QKV, math.nan):
             return right(self, batch)
 
     SPINTrainer.train_step = train_step
