@@ -181,7 +181,7 @@ def _type(part: Part) -> str:
     if declared.choices:
         words = "one of " + ", ".join(f"`{choice}`" for choice in declared.choices)
     elif set(get_args(kind)) == {int, float}:
-        words = "whole number or fraction"
+        return f"whole number, at least {declared.minimum or 0}, or fraction"
     else:
         words = _TYPES_FOR_PEOPLE[item]
         if get_origin(kind) is tuple and not declared.per_iteration:

@@ -176,7 +176,7 @@ class Side:
             cfg = configuration(WORKLOADS[name], Path(data), Path(scratch), batch)
             inputs = train.preflight(cfg)
             inputs.run_dir.mkdir(parents=True)
-            model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=cfg.model)
+            model = MegatronGPTSPINModel.restore_from(str(inputs.checkpoint), override_config_path=inputs.raw.model)
             policy = model.policy(inputs.cfg, inputs.context_length, inputs.train_dataset.stop_ids)
             loaded = time.perf_counter() - start
             trainer = SPINTrainer(inputs.cfg, policy, inputs.train_dataset, None, inputs.run_dir, Reporter(False))
