@@ -12,7 +12,7 @@ from nemo_spin.cli.main import main
     [
         (["--top-p", "0"], "--top-p 0.0: use a finite number above 0"),
         (["--top-k", "-1"], "--top-k -1: use a whole number of at least 0"),
-        (["--temperature", "nan"], "--temperature nan: use finite numbers above 0"),
+        (["--temperature", "nan"], "--temperature nan: use a finite number above 0"),
         (["--repetition-penalty", "0"], "--repetition-penalty 0.0: use"),
         (["--end-string", ""], "--end-string ['']: use"),
         (["--num-samples", "0"], "--num-samples 0: use at least 1"),
