@@ -271,7 +271,7 @@ class SPINTrainer:
         used, state = self.checkpoints.restore(checkpoint, self.policy, self._resume_settings)
         self.progress, self.ref_id = state.progress, state.ref_id
         self.equilibrium.iteration_is_over(state.metrics)
-        self.pairs.resume(state.rollout_files, str(state.identity.get("training examples of digest")))
+        self.pairs.resume(state.rollout_files, str(state.settings.get("training examples of digest")))
         self.validation.rollouts.resume(state.rollout_files["held_out"])
         return used
 

@@ -216,11 +216,11 @@ class TrainingCheckpoints:
     # ------------------------------------------------------------------------------------------ resuming
 
     def restore(
-        self, path: Path, model: Trainable, identity: Callable[[int], dict[str, int | str]]
+        self, path: Path, model: Trainable, settings: Callable[[int], dict[str, int | str]]
     ) -> tuple[Path, RunState]:
         """Restore the model from a checkpoint or, where that is damaged, from the newest whole one before it.
 
-        identity: what an iteration of this run has to have in common with the one that was saved.
+        settings: of this run in an iteration, which must match those of the checkpoint.
         Returns the one that was used, and the state beside tensors.
         Raises CheckpointError if none is whole, or if it belongs to another run.
         """
@@ -232,8 +232,8 @@ class TrainingCheckpoints:
             if separator and kind != "shards":
                 files.setdefault(kind, []).append(stored.path / name)
         under_way = stored.progress.iteration_step > 0 or bool(files["rollouts"])
-        own = identity(stored.progress.iteration) if under_way else {}
-        for name, value in stored.identity.items():
+        own = settings(stored.progress.iteration) if under_way else {}
+        for name, value in stored.settings.items():
             if under_way and own.get(name) != value:
                 raise CheckpointError(
                     f"{stored.path} was written in the middle of an iteration with {name} = {value}, and this run has "
@@ -243,7 +243,7 @@ class TrainingCheckpoints:
         loaded = dist_checkpointing.load(shards, str(stored.path / "shards"))
         model.load_training_state(loaded, mid_iteration=stored.progress.iteration_step > 0)
         self._newest = stored.path
-        return stored.path, RunState(stored.progress, stored.identity, stored.metrics, files, stored.ref_id)
+        return stored.path, RunState(stored.progress, stored.settings, stored.metrics, files, stored.ref_id)
 
     def newest_whole(self, path: Path) -> Stored:
         """`path`, or the newest whole one before it; says what is wrong with those that are passed over.

@@ -14,14 +14,14 @@ from nemo_spin.runtime.progress import Progress
 
 FILE = "state.json"
 FORMAT = 2
-_TYPES = {"identity": dict, "metrics": dict, "with_reference": bool, "keep": bool, "serial": int, "ref_id": str}
+_TYPES = {"settings": dict, "metrics": dict, "with_reference": bool, "keep": bool, "serial": int, "ref_id": str}
 
 
 @dataclass
 class RunState:
     """What a run hands to a checkpoint, and gets back from it, beside tensors.
 
-    identity: quantities that a continuation must have in common with the run.
+    settings: those that must match when a run resumes from the checkpoint, if that is within an iteration.
     metrics: of the last step.
     rollout_files: by kind, which is the name of a directory: `rollouts` and `held_out` of the iteration under way, and
         what it replays of earlier ones.
@@ -30,7 +30,7 @@ class RunState:
     """
 
     progress: Progress
-    identity: dict[str, int | str]
+    settings: dict[str, int | str]
     metrics: dict[str, float] = field(default_factory=dict)
     rollout_files: dict[str, list[Path]] = field(default_factory=dict)
     ref_id: str = ""
@@ -47,7 +47,7 @@ class Stored:
 
     path: Path
     progress: Progress
-    identity: dict[str, int | str]
+    settings: dict[str, int | str]
     metrics: dict[str, float]
     with_reference: bool
     keep: bool
@@ -67,7 +67,7 @@ class Stored:
 
 def write_state(directory: Path, state: RunState, **more: bool | int) -> None:
     """more: `with_reference`, `keep` and `serial` of `Stored`."""
-    content = {"progress": state.progress.state_dict(), "identity": state.identity, "metrics": state.metrics}
+    content = {"progress": state.progress.state_dict(), "identity": state.settings, "metrics": state.metrics}
     write_json(directory / FILE, {"format": FORMAT, **content, "ref_id": state.ref_id, **more})
 
 
@@ -83,7 +83,7 @@ def read_state(path: Path) -> Stored:
         if stored.get("format") != FORMAT:
             raise CheckpointError(f"{FILE} has format {stored.get('format')}, and this version reads {FORMAT}")
         progress = Progress.from_state_dict(stored["progress"])
-        values = {name: stored[name] for name in _TYPES}
+        values = {name: stored["identity" if name == "settings" else name] for name in _TYPES}
         is_sound = all(type(values[name]) is kind for name, kind in _TYPES.items())
         is_sound = is_sound and all(isinstance(value, int | float) for value in values["metrics"].values())
     except FileNotFoundError:

@@ -20,7 +20,7 @@ from nemo_spin.data.dataset import SFTDataset
 from nemo_spin.reporting.console import Reporter
 from nemo_spin.runtime.collectives import of_first
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.pairs import Pair
+from nemo_spin.selfplay.pairs import Pair, has_finite_logps
 from nemo_spin.selfplay.rollouts.iteration import IterationRollouts
 from nemo_spin.selfplay.validation import Validation
 
@@ -124,7 +124,7 @@ def logps_gap(pairs: Sequence[Pair]) -> dict[str, float]:
     The error is that of two ratios (the delta method), paired: both responses to a prompt vary with it. Several pairs
     of one example are taken as one, because they are not independent. It is left out for a single example.
     """
-    finite = [pair for pair in pairs if math.isfinite(pair.ref_chosen_logps) and math.isfinite(pair.ref_rejected_logps)]
+    finite = list(filter(has_finite_logps, pairs))
     human_tokens = sum(len(pair.example.response_ids) for pair in finite)
     generated_tokens = sum(len(pair.rejected_ids) for pair in finite)
     if not human_tokens or not generated_tokens:

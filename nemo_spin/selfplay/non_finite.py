@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from nemo_spin.errors import DataError
 from nemo_spin.megatron.finite import gradients_not_finite, weights_not_finite
 from nemo_spin.megatron.steps import Batching, group_logps
 from nemo_spin.runtime.collectives import of_first
+from nemo_spin.runtime.files import written_whole
 from nemo_spin.runtime.progress import Progress
-from nemo_spin.selfplay.pairs import Pair, group_of_pair
+from nemo_spin.selfplay.pairs import Pair, group_of_pair, has_finite_logps
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,10 @@ def write_report(
             "what_to_do": advice(diagnosis, pairs),
             "pairs": _pairs(pairs, diagnosis, dataset, decode),
         }
-        unfinished = path.with_suffix(".tmp")
+        text = json.dumps(_as_json(report), indent=2, ensure_ascii=False) + "\n"
         try:
-            unfinished.write_text(json.dumps(_as_json(report), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
+            with written_whole(path) as unfinished:
+                unfinished.write_text(text, encoding="utf-8")
         except OSError as error:
             return f"The batch could not be written to {path} ({error.strerror})"
         return f"The batch is in {path}"
@@ -107,7 +107,7 @@ def advice(diagnosis: Diagnosis, pairs: Sequence[Pair]) -> str:
             "Weights of the model are not finite. Start from an earlier checkpoint of the run, or from another SFT "
             "checkpoint if none is sound, with a lower model.optim.lr."
         )
-    if not all(map(_reference_is_finite, pairs)):
+    if not all(map(has_finite_logps, pairs)):
         return (
             "The reference gives no finite log-probabilities to these responses. See what is odd about them, and try "
             "trainer.precision=32."
@@ -187,10 +187,6 @@ def _records(dataset: SFTDataset, file: int, count: int) -> list[str]:
         return [where for where, _ in islice(read_records(report.path), count)]
     except DataError:
         return []
-
-
-def _reference_is_finite(pair: Pair) -> bool:
-    return math.isfinite(pair.ref_chosen_logps) and math.isfinite(pair.ref_rejected_logps)
 
 
 def _as_json(value: Any) -> Any:
