@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -62,15 +62,16 @@ class StandIn:
         return f"{self.qualified}({', '.join(map(repr, self.args))})"
 
 
-def load_inert(content: bytes, with_tensors: bool = False) -> Any:
+def load_inert(content: bytes, with_tensors: bool = False, is_allowed: Callable[[str], bool] | None = None) -> Any:
     """What a pickle describes: plain data, and a StandIn for all else, or the class StandIn where it only names it.
 
-    with_tensors: it was written by torch.save, which keeps the values of tensors elsewhere; they are left out. Raises
-    pickle.UnpicklingError, and whatever else a damaged pickle leads to.
+    with_tensors: it was written by torch.save, which keeps the values of tensors elsewhere; they are left out.
+    is_allowed: whether a class or function of this name may be named anywhere, also where nothing of it is left at the
+    end; None for any. Raises pickle.UnpicklingError, and whatever else a damaged pickle leads to.
     """
     if len(content) > LARGEST:
         raise pickle.UnpicklingError(f"it is larger than {LARGEST // 2**20} MiB")
-    return _Machine(io.BytesIO(content), with_tensors).load()
+    return _Machine(io.BytesIO(content), with_tensors, is_allowed).load()
 
 
 def plain(loaded: Any) -> Any:
@@ -89,15 +90,17 @@ class _Machine(pickle._Unpickler):  # the documented one is C, and can not be ch
 
     dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, file: Any, with_tensors: bool) -> None:
+    def __init__(self, file: Any, with_tensors: bool, is_allowed: Callable[[str], bool] | None) -> None:
         super().__init__(file)
-        self._with_tensors = with_tensors
+        self._with_tensors, self._is_allowed = with_tensors, is_allowed
         self._known: dict[str, type[StandIn]] = {}
 
     def find_class(self, module: str, name: str) -> type[StandIn]:
         # torch.save writes the names of Python 2.
         qualified = f"{module.replace('__builtin__', 'builtins')}.{name}"
         if qualified not in self._known:
+            if self._is_allowed is not None and not self._is_allowed(qualified):
+                raise pickle.UnpicklingError(f"it names {qualified}, which does not belong there")
             if len(self._known) == _MOST_NAMES:
                 raise pickle.UnpicklingError(f"it names more than {_MOST_NAMES} classes")
             self._known[qualified] = type("StandIn", (StandIn,), {"qualified": qualified})

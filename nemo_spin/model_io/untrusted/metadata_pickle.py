@@ -7,6 +7,7 @@ it, such as the plans by which it was written, is left out; so are files outside
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ _MOST_AXES = 16
 _LARGEST_NUMBER = 2**63
 
 
-def read_metadata(file: Path, origin: str) -> Metadata:
+def read_metadata(file: Path, origin: str, is_allowed: Callable[[str], bool] | None = None) -> Metadata:
     """What `.metadata` says of the tensors, and of where in which file they are.
 
-    origin: names the checkpoint in messages. Raises CheckpointError if it cannot be read, or makes no sense.
+    origin: names the checkpoint in messages. is_allowed: see `load_inert`. Raises CheckpointError if the file cannot be
+    read, or makes no sense.
     """
     try:
         with open(file, "rb") as opened:
-            return _metadata(load_inert(opened.read(LARGEST + 1)))
+            return _metadata(load_inert(opened.read(LARGEST + 1), is_allowed=is_allowed))
     except Exception as error:
         reason = one_line(error)[:200]
         raise CheckpointError(

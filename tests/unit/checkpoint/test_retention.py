@@ -18,7 +18,7 @@ from nemo_spin.runtime.progress import Progress
 
 def stored(step: int, loss: float | None = None, serial: int = 0, name: str = "", **changes: Any) -> Stored:
     metrics = {} if loss is None else {"val_loss": loss}
-    values = {"identity": {}, "with_reference": False, "keep": False, "ref_id": ""} | changes
+    values = {"settings": {}, "with_reference": False, "keep": False, "ref_id": ""} | changes
     return Stored(Path(name or str(step)), Progress(0, step, step, step), metrics=metrics, serial=serial, **values)
 
 

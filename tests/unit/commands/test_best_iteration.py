@@ -20,7 +20,7 @@ def stored(step: int, iteration: int, iteration_step: int = 0, monitor: str = "v
     value = more.pop("value", None)
     metrics = {} if value is None else {monitor: value}
     name = f"iteration-{iteration:03d}-step-{step:07d}" + more.pop("suffix", "")
-    values = {"identity": {}, "with_reference": False, "keep": True, "serial": 0, "ref_id": ""} | more
+    values = {"settings": {}, "with_reference": False, "keep": True, "serial": 0, "ref_id": ""} | more
     return Stored(Path("run/checkpoints") / name, Progress(iteration, iteration_step, step), metrics=metrics, **values)
 
 
