@@ -119,31 +119,6 @@ def _patch_megatron_random() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
 
 
-def _patch_distributed_optimizer_resume() -> None:
-    """Keep torch's AdamW `step` out of the distributed optimizer's sharded state.
-
-    Without Apex or TransformerEngine the inner optimizer is torch's AdamW, whose state has a 0-dim `step` beside the
-    moments; megatron-core expects moments only. `nemo_spin.megatron.optimizer` restores `step` itself.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-
-    def get_states(self: Any, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        group, order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group]["params"][order]
-        moments = {name: value for name, value in self.optimizer.state[main_param].items() if name != "step"}
-        return {"param": main_param, **moments}
-
-    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        for name, value in get_states(self, model_param).items():
-            value.copy_(tensors[name])
-
-    distrib_optimizer.DistributedOptimizer._get_main_param_and_optimizer_states = get_states
-    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-
-
 def install() -> None:
     """Answer megatron-core's CUDA calls on a machine without CUDA. Does nothing with CUDA, or the second time."""
     global _installed
@@ -152,5 +127,4 @@ def install() -> None:
     _patch_cuda_module()
     _patch_tensors()
     _patch_megatron_random()
-    _patch_distributed_optimizer_resume()
     _installed = True

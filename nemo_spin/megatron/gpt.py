@@ -183,4 +183,7 @@ def build_gpt(
         rope_scaling_factor=architecture.rope_scaling_factor,
         seq_len_interpolation_factor=architecture.seq_len_interpolation_factor,
     )
+    if model.pre_process and architecture.position_embedding_type == "learned_absolute":
+        # megatron-core makes them in fp32, whatever params_dtype says.
+        model.embedding.position_embeddings.to(config.params_dtype)
     return model.to(device())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
@@ -136,7 +136,8 @@ class Optimizer:
         """
         lr = self.lr
         self._optimizer.prepare_grads()
-        grad_norm = self._optimizer.get_grad_norm()
+        # A number, or a tensor of shape [] or [1], as the kernels have it that compute it.
+        grad_norm = float(self._optimizer.get_grad_norm())
         # The norm alone will not do: it counts parameters that tensor-parallel processes share on one of them only.
         is_sound = isfinite(loss) and isfinite(grad_norm) and are_finite(self._gradients_outside_norm())
         skipped = not everywhere(is_sound)
@@ -144,7 +145,7 @@ class Optimizer:
             self._clip(grad_norm)
             self._optimizer.step_with_ready_grads()
         self._scheduler.step(1)
-        return StepResult(float(grad_norm), lr, skipped)
+        return StepResult(grad_norm, lr, skipped)
 
     def _gradients_outside_norm(self) -> Iterator[torch.Tensor]:
         """Those that this process is about to use and another process counts in the norm."""
@@ -154,11 +155,11 @@ class Optimizer:
                 if p.grad is not None and not is_counted:
                     yield p.grad
 
-    def _clip(self, grad_norm: float | torch.Tensor) -> None:
+    def _clip(self, grad_norm: float) -> None:
         # torch scales in place; megatron-core's own, without Apex, makes every gradient anew and copies it back.
         for part in self._parts():
             if 0.0 < part.config.clip_grad < grad_norm:
-                clip_grads_with_norm_(part.get_parameters(), part.config.clip_grad, torch.as_tensor(grad_norm))
+                clip_grads_with_norm_(part.get_parameters(), part.config.clip_grad, torch.tensor(grad_norm))
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """Moments, step and fp32 parameters as megatron-core shards them.
@@ -251,3 +252,29 @@ def _without_uncounted_moments(_: torch.optim.Optimizer, state: dict[str, Any]) 
     if any("step" not in values for values in state["state"].values()):
         return {**state, "state": {}}
     return None
+
+
+def _keep_step_out_of_shards() -> None:
+    """Keep `step` of torch's AdamW out of the distributed optimizer's sharded state, on CPU and GPU alike.
+
+    Without Apex or TransformerEngine the inner optimizer is torch's AdamW, whose state has a 0-dim `step` beside the
+    moments; megatron-core expects moments only. `Optimizer` restores `step` itself.
+    """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+
+    def get_states(self: Any, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        moments = {name: value for name, value in self.optimizer.state[main_param].items() if name != "step"}
+        return {"param": main_param, **moments}
+
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        for name, value in get_states(self, model_param).items():
+            value.copy_(tensors[name])
+
+    distrib_optimizer.DistributedOptimizer._get_main_param_and_optimizer_states = get_states
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+_keep_step_out_of_shards()

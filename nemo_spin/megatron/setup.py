@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 
@@ -35,7 +36,8 @@ def initialize(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # srun may show each process one GPU only, whatever its local rank.
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         global _store
         _store, rank, world_size = rendezvous(min(timeout, timedelta(seconds=_SECONDS_TO_GATHER)))
@@ -51,7 +53,11 @@ def initialize(
         )
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size, pipeline_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size,
+        pipeline_model_parallel_size,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -172,3 +172,37 @@ def test_a_checkpoint_changes_nothing(workers: Any, tmp_path: Path, name: str) -
     expected, saved, resumed = (whole_weights([rank[i] for rank in ranks]) for i in range(3))
     assert relative_distance(saved, expected) == 0.0
     assert relative_distance(resumed, expected) == 0.0
+
+
+# ---------------------------------------------------------------------------------------- what only kernels of GPUs do
+
+
+def a_clipped_step(norm_has_an_axis: bool) -> list:
+    """TransformerEngine's kernels compute the norm as a tensor of shape [1]."""
+    play, pairs = begin(**ADAM)
+    wrapper = play.optimizer._optimizer
+    wrapper.config.clip_grad = 0.01
+    if norm_has_an_axis:
+        norm = wrapper.get_grad_norm
+        wrapper.get_grad_norm = lambda: torch.tensor([float(norm())])
+    play.optimizer.start(LR, 1)
+    assert play.step(pairs)["grad_norm"] > 0.01
+    return play.shards()
+
+
+def test_a_norm_of_shape_1_clips_as_a_number_does(workers: Any) -> None:
+    number, tensor = (whole_weights(workers.run(a_clipped_step, axis)) for axis in (False, True))
+    assert number.keys() == tensor.keys()
+    assert all(torch.equal(number[name], tensor[name]) for name in number)
+
+
+def a_step_with_learned_positions() -> tuple[set[torch.dtype], float]:
+    play, pairs = begin(architecture={"position_embedding_type": "learned_absolute"}, precision="bf16", **ADAM)
+    play.optimizer.start(LR, 1)
+    return {parameter.dtype for parameter in play.gpt.parameters()}, play.step(pairs)["loss"]
+
+
+def test_learned_positions_have_the_precision_of_the_model(workers: Any) -> None:
+    ((dtypes, loss),) = workers.run(a_step_with_learned_positions)
+    assert dtypes == {torch.bfloat16}
+    assert loss == pytest.approx(0.6931, abs=1e-3)
