@@ -51,7 +51,7 @@ def test_sft_from_scratch_makes_a_checkpoint_that_can_be_scored_with(tmp_path: P
 @pytest.mark.last
 @pytest.mark.skipif(os.environ.get("NEMO_SPIN_SKIP_SLOW") == "1", reason="NEMO_SPIN_SKIP_SLOW is set")
 def test_the_quick_start_runs_as_it_stands(tmp_path: Path) -> None:
-    done = run(str(REPO / "examples" / "quickstart" / "commands/train.py"), "--output", "quickstart", cwd=tmp_path)
+    done = run(str(REPO / "examples" / "quickstart" / "run.py"), "--output", "quickstart", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     directory = tmp_path / "quickstart"
     rows = json.loads((directory / "figures.json").read_text())

@@ -76,7 +76,7 @@ def test_a_model_that_has_learned_the_data_stays_there(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.environ.get("NEMO_SPIN_SKIP_SLOW") == "1", reason="NEMO_SPIN_SKIP_SLOW is set")
 def test_the_study_runs_as_it_stands(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, str(STUDY / "commands/train.py"), "--fast", "--no-gsm8k", "--output", str(output)]
+    command = [sys.executable, str(STUDY / "run.py"), "--fast", "--no-gsm8k", "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
