@@ -61,9 +61,13 @@ def judged(cfg: Mapping[str, Any]) -> tuple[SpinConfig, list[ConfigError]]:
     config = _completed(reader.read(SpinConfig), reader)
     wrong = {error.key or "" for error in reader.errors}
     for error in [*reader.errors, *contradictions(config, reader.error, wrong)]:
-        error.key = sources.get(error.key or "", error.key)
-        errors.append(error)
+        errors.append(_at_source(error, sources.get(error.key or "")))
     return config, errors
+
+
+def _at_source(error: ConfigError, source: str | None) -> ConfigError:
+    """The error, with the key from which the wrong value was taken, if that is another."""
+    return error if source is None else type(error)(str(error).replace(error.key, source), source)
 
 
 def _without(cfg: Mapping[str, Any], errors: Iterable[ConfigError]) -> dict[str, Any]:
@@ -80,7 +84,8 @@ def _completed(config: SpinConfig, reader: Reader) -> SpinConfig:
     """The configuration with what one key says of another."""
     spin, parallel, recompute, checkpoint = config.spin, config.parallel, config.recompute, config.checkpoint
     if not reader.is_set("model.spin.replay_weights"):
-        spin = replace(spin, replay_weights=(1.0,) * spin.replay_iterations)
+        # More than there are iterations is refused, and may be more than memory holds.
+        spin = replace(spin, replay_weights=(1.0,) * min(spin.replay_iterations, config.loop.max_iterations))
     if not reader.is_set("exp_manager.checkpoint_callback_params.mode"):
         checkpoint = replace(checkpoint, mode=MONITORS[checkpoint.monitor])
     if recompute.granularity == "full":

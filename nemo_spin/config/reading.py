@@ -56,8 +56,7 @@ class Reader:
 
     def _read(self, part: Part, without: str) -> Any:
         if isinstance(part.declared, Section):
-            wanted = part.declared.given_by
-            if wanted and all(at(self._values, f"{part.key}.{name}") is None for name in wanted):
+            if part.declared.given_by and not self._is_given(part):
                 return None
             return self.read(part.type, part.key, part.declared.without)
         try:
@@ -68,6 +67,12 @@ class Reader:
             also = f", or set it to null for {without}" if without else ""
             self.errors.append(MissingKeyError(f"{part.key} is missing: set it{also}.", part.key))
         return self._as_declared(part, _STAND_IN if part.declared.is_required else part.declared.yaml_default)
+
+    def _is_given(self, part: Part) -> bool:
+        """Whether an optional section is there: one of its keys is set, or has to be given and is not yet."""
+        required = {p.key for p in parts(part.type, part.key) if getattr(p.declared, "is_required", False)}
+        keys = [f"{part.key}.{name}" for name in part.declared.given_by]
+        return any(self.is_set(key) or (key in required and at(self._values, key) == MISSING) for key in keys)
 
     def _value(self, part: Part) -> Any:
         """Raises ValueError that says what to use, or MissingKeyError."""
